@@ -1,0 +1,144 @@
+"""The command line: a flag for every field of a stage's config, and those that all stages share."""
+
+import argparse
+import inspect
+import math
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """The usual one, but a wrong flag is answered with a single line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(convert: type, test: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """A type for flags: a number that passes the test."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not test(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, lambda value: 1 <= value < 2**31, "a whole number from 1 up")
+COUNT_OR_ZERO = number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 up")
+SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 up")
+POSITIVE = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+POSITIVE_OR_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number from 0 up")
+FRACTION = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+FIELD_TYPES = {int: COUNT, float: POSITIVE}
+SPECIAL_FIELDS = {
+    "dropout": FRACTION,
+    "weight_decay": POSITIVE_OR_ZERO,
+    "warmup_iters": COUNT_OR_ZERO,
+}
+
+
+def parse_flags(config_class: type, presets: dict[str, Any] | None) -> argparse.Namespace:
+    """Read a stage's command line; of the config's fields the result has only those given."""
+    module = inspect.getmodule(config_class)
+    parser = Parser(module.__doc__)
+    add_config_flags(parser, config_class, presets)
+    group = parser.add_argument_group("the run")
+    folder = f"runs/{Path(module.__file__).stem}"
+    group.add_argument("--data", type=Path, metavar="FILE", help="a UTF-8 text to learn from")
+    group.add_argument("--seed", type=SEED, metavar="N", help="another seed, another run (default 1)")
+    group.add_argument("--out", type=Path, metavar="DIR", help=f"the run's folder (default {folder})")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    add_device_flag(group)
+    add_sampling_flags(parser)
+    return parser.parse_args()
+
+
+def add_config_flags(parser: Parser, config_class: type, presets: dict[str, Any] | None) -> None:
+    """The field `n_embd: int = 32  # what it is` makes the flag `--n-embd N`, with that help."""
+    group = parser.add_argument_group("the model and its training")
+    if presets:
+        group.add_argument("--preset", choices=presets, help="all of the following at once")
+    types = typing.get_type_hints(config_class)
+    comments = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(config_class)))
+    for field in fields(config_class):
+        if field.name == "vocab_size":  # the text decides
+            continue
+        kind = types[field.name]
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif kind in FIELD_TYPES:
+            how = {"type": SPECIAL_FIELDS.get(field.name, FIELD_TYPES[kind]), "metavar": "N"}
+        else:
+            how = {"choices": typing.get_args(kind)}
+        default = "the preset's" if presets else field.default
+        group.add_argument(
+            flag(field.name),
+            default=argparse.SUPPRESS,
+            help=f"{comments[field.name]} (default {default})".replace("%", "%%"),
+            **how,
+        )
+
+
+def flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def given_fields(options: argparse.Namespace, config_class: type) -> dict[str, Any]:
+    """The fields of the config that the command line sets."""
+    names = [field.name for field in fields(config_class)]
+    return {name: getattr(options, name) for name in names if name in options}
+
+
+def add_device_flag(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--device",
+        choices=("auto", "cuda", "mps", "cpu"),
+        default="auto",
+        help="where to compute (default auto: the first of the others that is there)",
+    )
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("the sample")
+    group.add_argument("--prompt", default="", metavar="TEXT", help="a text to continue")
+    group.add_argument(
+        "--sample-length",
+        type=COUNT,
+        default=500,
+        metavar="N",
+        help="how many characters to add to it (default 500)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=POSITIVE_OR_ZERO,
+        default=1.0,
+        metavar="N",
+        help="0 always takes the likeliest character, 1 trusts the model, more is wilder (default 1)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=COUNT,
+        metavar="N",
+        help="draw from the N likeliest characters only (default: from all)",
+    )

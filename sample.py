@@ -1,0 +1,151 @@
+"""Let a trained run of any stage continue a text.
+
+    python sample.py runs/gpt --prompt "ROMEO:" --temperature 0.8
+"""
+
+import argparse
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import Tokenizer, UserError, clear_errors, pick_device
+from flags import SEED, Parser, add_device_flag, add_sampling_flags
+
+CHECKPOINT_FORMAT = "character-gpt-course-1"
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str = "\n",
+    length: int = 500,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 1,
+) -> Iterator[str]:
+    """Yield `length` characters that continue the prompt, each as soon as it is drawn."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    idx = torch.tensor([tokenizer.encode(prompt)], device=device)  # (1, T)
+    model.eval()
+    for _ in range(length):
+        with torch.inference_mode():
+            logits, _ = model(idx[:, -model.block_size :])  # (1, T, V)
+        number = choose(logits[0, -1].cpu(), temperature, top_k, generator)
+        idx = torch.cat((idx, torch.tensor([[number]], device=device)), dim=1)  # (1, T+1)
+        yield tokenizer.decode([number])
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
+    """Draw the number of the next character from its V logits."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, candidates = logits.topk(min(top_k or len(logits), len(logits)))
+    # The largest logit becomes 0, so that dividing by a tiny temperature cannot overflow.
+    probabilities = F.softmax((logits - logits[0]) / temperature, dim=0)
+    return int(candidates[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def load(folder: str | Path, device: str = "auto") -> tuple[nn.Module, Tokenizer]:
+    """The best model of a run, and its tokenizer."""
+    return rebuild(read_checkpoint(Path(folder) / "best.pt"), device)
+
+
+def rebuild(checkpoint: dict, device: str = "auto") -> tuple[nn.Module, Tokenizer]:
+    stage = stage_module(checkpoint["stage"])
+    model = stage.Model(saved_config(stage.Config, checkpoint))
+    load_weights(model, checkpoint)
+    return model.to(pick_device(device)), Tokenizer(checkpoint["vocabulary"])
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint as plain data; code inside it is refused, never run."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no trained run: it has no {path.name}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # which one depends on where the file is damaged
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is damaged, or is not a checkpoint of this course")
+    return checkpoint
+
+
+def saved_config(config_class: type, checkpoint: dict) -> Any:
+    try:
+        return config_class(**checkpoint["config"])
+    except TypeError:
+        raise changed_since(checkpoint) from None
+
+
+def load_weights(model: nn.Module, checkpoint: dict) -> None:
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise changed_since(checkpoint) from None
+
+
+def changed_since(checkpoint: dict) -> UserError:
+    return UserError(f"{checkpoint['stage']}.py has changed since this run, which no longer fits it")
+
+
+def stage_module(name: str) -> ModuleType:
+    """Import a stage's script; only one that lies beside this file will do."""
+    if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
+        module = importlib.import_module(name)
+        if hasattr(module, "Model"):
+            return module
+    raise UserError(f"this run was made by {name}.py, which is no stage of this course")
+
+
+def stream_sample(
+    model: nn.Module, tokenizer: Tokenizer, options: argparse.Namespace, seed: int
+) -> str:
+    """Print the prompt and its continuation, character by character; return both."""
+    prompt = options.prompt
+    if not prompt:  # with nothing to continue, begin a line
+        prompt = "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
+    text = prompt
+    print(prompt, end="")
+    for character in generate(
+        model,
+        tokenizer,
+        prompt,
+        options.sample_length,
+        options.temperature,
+        options.top_k,
+        seed,
+    ):
+        text += character
+        print(character, end="", flush=True)
+    print()
+    return text
+
+
+@clear_errors
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="such as runs/gpt")
+    add_sampling_flags(parser)
+    parser.add_argument(
+        "--seed", type=SEED, metavar="N", help="another seed, another text (default: the run's own)"
+    )
+    add_device_flag(parser)
+    options = parser.parse_args()
+
+    checkpoint = read_checkpoint(options.folder / "best.pt")
+    model, tokenizer = rebuild(checkpoint, options.device)
+    seed = checkpoint["seed"] if options.seed is None else options.seed
+    stream_sample(model, tokenizer, options, seed)
+
+
+if __name__ == "__main__":
+    main()
