@@ -1,4 +1,4 @@
-"""What every stage shares: the text, its characters as numbers, batches, the device, plain errors."""
+"""What all stages share: the text, characters as numbers, batches, the device, plain errors."""
 
 import functools
 import hashlib
@@ -59,7 +59,7 @@ def load_corpus(path: Path | None = None) -> Corpus:
 
 
 def default_corpus() -> Path:
-    """Where Tiny Shakespeare lies, downloaded at first use; if that fails, where Pocket Play does."""
+    """Tiny Shakespeare, downloaded at first use; where that fails, the built-in Pocket Play."""
     path = DATA / "tinyshakespeare.txt"
     if path.exists():
         if hashlib.sha256(path.read_bytes()).hexdigest() != TINY_SHAKESPEARE_SHA256:

@@ -64,8 +64,12 @@ def parse_flags(config_class: type, presets: dict[str, Any] | None) -> argparse.
     group = parser.add_argument_group("the run")
     folder = f"runs/{Path(module.__file__).stem}"
     group.add_argument("--data", type=Path, metavar="FILE", help="a UTF-8 text to learn from")
-    group.add_argument("--seed", type=SEED, metavar="N", help="another seed, another run (default 1)")
-    group.add_argument("--out", type=Path, metavar="DIR", help=f"the run's folder (default {folder})")
+    group.add_argument(
+        "--seed", type=SEED, metavar="N", help="another seed, another run (default 1)"
+    )
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"the run's folder (default {folder})"
+    )
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     either.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
@@ -134,7 +138,7 @@ def add_sampling_flags(parser: Parser) -> None:
         type=POSITIVE_OR_ZERO,
         default=1.0,
         metavar="N",
-        help="0 always takes the likeliest character, 1 trusts the model, more is wilder (default 1)",
+        help="0 takes the likeliest character, 1 trusts the model, more is wilder (default 1)",
     )
     group.add_argument(
         "--top-k",

@@ -1,6 +1,8 @@
 """Let a trained run of any stage continue a text.
 
     python sample.py runs/gpt --prompt "ROMEO:" --temperature 0.8
+
+`load` and `generate` do the same from Python.
 """
 
 import argparse
@@ -94,7 +96,9 @@ def load_weights(model: nn.Module, checkpoint: dict) -> None:
 
 
 def changed_since(checkpoint: dict) -> UserError:
-    return UserError(f"{checkpoint['stage']}.py has changed since this run, which no longer fits it")
+    return UserError(
+        f"{checkpoint['stage']}.py has changed since this run, which no longer fits it"
+    )
 
 
 def stage_module(name: str) -> ModuleType:
@@ -113,6 +117,7 @@ def stream_sample(
     prompt = options.prompt
     if not prompt:  # with nothing to continue, begin a line
         prompt = "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
+    tokenizer.encode(prompt)  # refuse it before a part of it is printed
     text = prompt
     print(prompt, end="")
     for character in generate(

@@ -92,6 +92,8 @@ class Run:
         """The saved run's config and seed; only the length of the training may change."""
         if self.saved["stage"] != self.stage:
             raise UserError(f"the run in {self.folder} was made by {self.saved['stage']}.py")
+        if getattr(self.options, "preset", None):
+            raise UserError("--preset is for a new run: --resume keeps the sizes of the old one")
         given = given_fields(self.options, config_class)
         saved = self.saved["config"] | {"seed": self.saved["seed"]}
         asked = given if self.options.seed is None else given | {"seed": self.options.seed}
@@ -150,16 +152,17 @@ class Run:
                     self.evaluate()
                     self.save()
                     self.print_row()
-                elif interrupted:
-                    self.save()
-                elif time.perf_counter() - self.saved_at > SECONDS_BETWEEN_SAVES:
+                elif interrupted or time.perf_counter() - self.saved_at > SECONDS_BETWEEN_SAVES:
                     self.save()
                 if interrupted and self.step < self.config.max_iters:
                     self.bar.close()
-                    print(f"stopped at step {self.step}; to go on: {self.resume_command()}")
+                    print(
+                        f"stopped at step {self.step}; to go on: {self.resume_command(self.folder)}"
+                    )
                     raise SystemExit(130)
-                if self.preset and time.perf_counter() - began > 3:
-                    self.announce_time((time.perf_counter() - began) / (self.step - first_step))
+                seconds = time.perf_counter() - began
+                if self.preset and (seconds > 3 or self.step == self.config.max_iters):
+                    self.announce_time(seconds / (self.step - first_step))
 
     def begin(self) -> None:
         """Take up the saved run where it stood, or open a folder for a new one."""
@@ -187,7 +190,12 @@ class Run:
         )
         if self.saved:
             (self.folder / "sample.txt").unlink(missing_ok=True)
-            print(f"goes on after step {self.step}")
+            left = self.config.max_iters - self.step
+            print(
+                f"goes on after step {self.step}"
+                if left > 0
+                else f"is at its end; --max-iters above {self.step} takes it further"
+            )
         self.save()
         self.print_row()
 
@@ -200,7 +208,7 @@ class Run:
 
     def finish(self) -> None:
         """Say how far the run came, and let its best state write a text."""
-        best = min(self.rows, key=lambda row: row["val_loss"])
+        best = min(self.rows, key=validation_loss)
         print(
             f"best validation loss {best['val_loss']:.4f}, which is "
             f"{best['val_loss'] / math.log(2):.3f} bits per character, "
@@ -243,9 +251,9 @@ class Run:
 
     def announce_time(self, seconds_per_step: float) -> None:
         """Once, as soon as it can be told: which preset was taken, and how long it will take."""
-        minutes = seconds_per_step * self.config.max_iters / 60
         choice = "" if self.options.preset else f", chosen for {self.device.type}"
-        self.bar.write(f"preset {self.preset}{choice}: about {minutes:.0f} minutes in all")
+        time_needed = duration(seconds_per_step * self.config.max_iters)
+        self.bar.write(f"preset {self.preset}{choice}: about {time_needed} in all")
         self.preset = None
 
     def progress_bar(self) -> tqdm:
@@ -268,7 +276,7 @@ class Run:
             raise UserError(f"cannot write the run's folder: {error}") from None
         if taken:
             print(f"{taken} is taken, so this run goes to {self.folder}")
-            if not (taken / "sample.txt").exists():
+            if (taken / "checkpoint.pt").exists() and not (taken / "sample.txt").exists():
                 print(f"the run in {taken} is unfinished; to go on: {self.resume_command(taken)}")
 
     def resume_command(self, folder: Path) -> str:
@@ -342,6 +350,13 @@ def validation_loss(row: dict[str, float]) -> float:
     return row["val_loss"]
 
 
+def duration(seconds: float) -> str:
+    for size, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
 def losses_csv(rows: list[dict[str, float]]) -> bytes:
     lines = [",".join(rows[0])]
     for row in rows:
@@ -373,6 +388,10 @@ def make_free_folder(stage: str) -> tuple[Path, Path | None]:
             taken = folder
 
 
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
 def newest_run(stage: str) -> Path:
     """The run of a stage that was written last."""
     checkpoints = [
@@ -393,7 +412,7 @@ def interrupts() -> Iterator[list[int]]:
 
     def receive(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, receive)
@@ -402,4 +421,3 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

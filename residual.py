@@ -1,0 +1,135 @@
+"""Stage 5 of 7: residual connections.
+
+What is new: attention and feed-forward become a `Block`, and blocks are stacked. Each part adds
+its result to its input instead of replacing it.
+
+Why it helps: depth lets later blocks build on what earlier ones found, but without the additions
+a deep stack learns worse than a single block. Through a sum the gradient reaches every layer
+undiminished. See for yourself:
+
+    python residual.py
+    python residual.py --no-residual
+
+Since feed_forward.py
+    new: Config.n_layer, Config.residual, Block
+    changed: Model.__init__, Model.forward
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import clear_errors
+from training import Run
+
+
+@dataclass
+class Config:
+    vocab_size: int = 65  # V: how many different characters the text has
+    block_size: int = 8  # T: how many characters the model sees at once
+    n_embd: int = 32  # C: how many channels describe a character
+    n_head: int = 4  # H: how many heads share these channels, D = C / H each
+    n_layer: int = 3  # how many blocks are stacked
+    residual: bool = True  # whether each block adds to its input or replaces it
+    batch_size: int = 32  # B: how many such blocks it learns from in one step
+    max_iters: int = 5000  # how many steps it learns for
+    eval_interval: int = 500  # how many steps pass between two evaluations
+    learning_rate: float = 1e-3  # how far a step moves the weights
+
+
+class BatchedMultiHeadAttention(nn.Module):
+    """All heads of causal self-attention at once: they are a dimension, like the batch."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
+        self.register_buffer("causal_mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        H = self.n_head
+        x = self.query_key_value(x)  # (B, T, 3*C)
+        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        query, key, value = x  # (B, H, T, D) each
+        scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
+        scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
+        weights = F.softmax(scores, dim=-1)
+        x = weights @ value  # (B, H, T, D)
+        x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        return self.projection(x)
+
+
+class FeedForward(nn.Module):
+    """A small network that every position goes through by itself."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.widen = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.narrow = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.widen(x))  # (B, T, 4*C)
+        return self.narrow(x)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Communicate, then compute; each adds its part to what was there."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.residual = config.residual
+        self.attention = BatchedMultiHeadAttention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.residual:
+            return self.feed_forward(self.attention(x))
+        x = x + self.attention(x)
+        x = x + self.feed_forward(x)
+        return x
+
+
+class Model(nn.Module):
+    """Predicts the next character from all those in the block so far."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.block_size = config.block_size
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.Sequential(*[Block(config) for _ in range(config.n_layer)])
+        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        B, T = idx.shape
+        positions = torch.arange(T, device=idx.device)  # (T)
+        x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
+        x = self.blocks(x)
+        logits = self.to_logits(x)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+
+@clear_errors
+def main() -> None:
+    run = Run(Config)
+    model = Model(run.config).to(run.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
+    for idx, targets in run.batches(model, optimizer):
+        logits, loss = model(idx, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What the tests share: a text to learn from, and a way to run a script as a reader would."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+STAGES = (
+    "bigram",
+    "self_attention",
+    "multihead_attention",
+    "feed_forward",
+    "residual",
+    "layer_norm",
+    "gpt",
+)
+SMALL = "--max-iters 20 --eval-interval 10 --batch-size 4 --block-size 8 --sample-length 20".split()
+SMALL_MODEL = {stage: ["--n-embd", "8"] for stage in STAGES}
+SMALL_MODEL["bigram"] = []
+SMALL_MODEL["gpt"] = "--n-embd 8 --n-head 2 --n-layer 2 --dropout 0.1 --warmup-iters 5".split()
+
+torch.set_num_threads(1)  # the models here are tiny
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A short text with a few characters that one byte cannot hold."""
+    path = tmp_path / "text.txt"
+    lines = (f"Line {i}: the café is {i * 7 % 13} steps away — or is it?\n" for i in range(200))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable:
+    """Call a script's `main` with flags, in an empty folder: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script: str, *flags: object) -> tuple[int, str, str]:
+        arguments = [str(flag) for flag in flags]
+        if script in STAGES and "--data" not in arguments and "--resume" not in arguments:
+            arguments += ["--data", str(text)]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        capsys.readouterr()
+        try:
+            importlib.import_module(script).main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def small_run(run: Callable) -> Callable:
+    """The same with the sizes of a stage so small that it trains in a moment."""
+
+    def call(stage: str, *flags: object) -> tuple[int, str, str]:
+        return run(stage, *SMALL, *SMALL_MODEL[stage], *flags)
+
+    return call
+
+
+def start(script: str, *flags: object, cwd: Path) -> subprocess.Popen:
+    """Start a script as its own process."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / f"{script}.py", *(str(flag) for flag in flags)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def losses(folder: Path) -> list[str]:
+    """The rows of losses.csv without their seconds, the one column that may differ."""
+    lines = (folder / "losses.csv").read_text(encoding="utf-8").splitlines()
+    return [line.rpartition(",")[0] for line in lines]
+
+
+def same_state(first: Path, second: Path) -> bool:
+    """Whether two checkpoints hold the same weights and optimizer state, bit for bit."""
+    states = [torch.load(path, weights_only=True) for path in (first, second)]
+    tensors = [
+        [*state["model"].values()]
+        + [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
+        + [state["batch_state"], state["device_state"]]
+        for state in states
+    ]
+    return len(tensors[0]) == len(tensors[1]) and all(map(torch.equal, *tensors))
