@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.client
+import io
 import os
 import sys
 import time
@@ -173,7 +174,8 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def wrapper() -> None:
         for stream in (sys.stdout, sys.stderr):  # texts may hold any character, on any system
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="replace")
         try:
             main()
         except UserError as error:

@@ -8,7 +8,7 @@ falls along a cosine. Gradients cut back to length 1. And PyTorch's own fused at
 Why it helps: the lower loss comes from more width, depth and context; these make it trainable.
 
     python gpt.py                   the size that suits this machine
-    python gpt.py --preset full     10.7 million parameters: for a graphics card
+    python gpt.py --preset full     10.8 million parameters, for a graphics card
 
 Since layer_norm.py
     new: Config.dropout, Config.warmup_iters, Config.weight_decay, Config.gradient_clip, PRESETS,
@@ -153,6 +153,14 @@ class Model(nn.Module):
         return logits, loss
 
 
+def learning_rate_at(step: int, config: Config) -> float:
+    """Up in a straight line, then down along half a cosine to a tenth."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW that decays the matrices; biases and norms have nothing to gain from being small."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
@@ -161,15 +169,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-
-
-def learning_rate_at(step: int, config: Config) -> float:
-    """Up in a straight line, then down along half a cosine to a tenth."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / config.warmup_iters
-    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return torch.optim.AdamW(groups, lr=learning_rate_at(0, config), betas=(0.9, 0.99), fused=True)
 
 
 @clear_errors

@@ -7,6 +7,7 @@
 
 import argparse
 import importlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -51,8 +52,8 @@ def choose(
     if temperature == 0:
         return int(logits.argmax())
     logits, candidates = logits.topk(min(top_k or len(logits), len(logits)))
-    # The largest logit becomes 0, so that dividing by a tiny temperature cannot overflow.
-    probabilities = F.softmax((logits - logits[0]) / temperature, dim=0)
+    # With 0 as the largest logit, and in double precision, no temperature is too small.
+    probabilities = F.softmax((logits - logits[0]).double() / temperature, dim=0)
     return int(candidates[torch.multinomial(probabilities, 1, generator=generator)])
 
 
@@ -72,10 +73,12 @@ def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint as plain data; code inside it is refused, never run."""
     if not path.is_file():
         raise UserError(f"{path.parent} holds no trained run: it has no {path.name}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # which one depends on where the file is damaged
-        checkpoint = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about foreign files, which get their own word below
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # which one depends on where the file is damaged
+            checkpoint = None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is damaged, or is not a checkpoint of this course")
     return checkpoint

@@ -12,7 +12,7 @@ that came before, and learns for itself where to look.
 
 Since bigram.py
     new: Config.n_embd, Head
-    changed: Config.learning_rate, Model.__init__, Model.forward
+    changed: Config.learning_rate, Model, Model.__init__, Model.forward
 """
 
 from dataclasses import dataclass

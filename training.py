@@ -41,6 +41,7 @@ RUN_FILES = ("config.json", "losses.csv", "checkpoint.pt", "best.pt", "sample.tx
 MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
 EVALUATION_TOKENS = 8192  # how many characters one forward pass of an evaluation takes
 SECONDS_BETWEEN_SAVES = 300
+SMALL_STEP = 2**16  # up to so many numbers in (B, T, C), threads wait more than they help
 
 
 class Run:
@@ -71,6 +72,10 @@ class Run:
                 "take a multiple of it"
             )
         self.load_text()
+        step_size = self.config.batch_size * self.config.block_size
+        step_size *= getattr(self.config, "n_embd", 1)
+        self.all_threads = torch.get_num_threads()
+        self.step_threads = 1 if step_size <= SMALL_STEP else self.all_threads
         torch.manual_seed(self.seed)  # the weights and the dropout draw from this,
         self.generator = torch.Generator().manual_seed(self.seed)  # the batches from their own
 
@@ -208,6 +213,7 @@ class Run:
 
     def finish(self) -> None:
         """Say how far the run came, and let its best state write a text."""
+        torch.set_num_threads(self.all_threads)
         best = min(self.rows, key=validation_loss)
         print(
             f"best validation loss {best['val_loss']:.4f}, which is "
@@ -220,6 +226,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Add a row to the log."""
+        torch.set_num_threads(self.all_threads)
         if self.loss_count:
             train_loss = float(self.loss_sum) / self.loss_count
         else:  # before the first batch: as much of the text as there is to validate with
@@ -241,6 +248,7 @@ class Run:
             }
         )
         self.loss_sum, self.loss_count = 0.0, 0
+        torch.set_num_threads(self.step_threads)
 
     def print_row(self) -> None:
         row = self.rows[-1]
@@ -331,17 +339,17 @@ def exact_loss(model: nn.Module, tokens: Tensor) -> float:
     model.eval()
     device = next(model.parameters()).device
     T = model.block_size
-    whole = (len(tokens) - 1) // T * T
-    idx = tokens[:whole].view(-1, T)
-    targets = tokens[1 : whole + 1].view(-1, T)
-    rows = max(1, EVALUATION_TOKENS // T)
-    pieces = list(zip(idx.split(rows), targets.split(rows), strict=True))
-    if whole + 1 < len(tokens):  # the last window is shorter
-        pieces.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
+    border = (len(tokens) - 1) // T * T  # here the last window begins, which is shorter
+    step = max(1, EVALUATION_TOKENS // T) * T
     total = 0.0
-    for idx, targets in pieces:
-        _, loss = model(idx.to(device), targets.to(device))
-        total += loss.item() * idx.numel()
+    for start, end in itertools.pairwise([*range(0, border, step), border, len(tokens) - 1]):
+        if start == end:
+            continue
+        width = min(T, end - start)
+        idx = tokens[start:end].view(-1, width).to(device)
+        targets = tokens[start + 1 : end + 1].view(-1, width).to(device)
+        _, loss = model(idx, targets)
+        total += loss.item() * (end - start)
     model.train()
     return total / (len(tokens) - 1)
 

@@ -1,0 +1,54 @@
+"""How much faster all heads at once are than one head after the other.
+
+    python benchmarks/attention.py
+
+Both compute the same (a test sees to it). Forward and backward pass of the two kinds of attention
+in multihead_attention.py, taking turns; medians.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from multihead_attention import BatchedMultiHeadAttention, Config, MultiHeadAttention
+
+SIZES = (
+    ("the ladder's", Config(n_embd=32, n_head=4, block_size=8, batch_size=32)),
+    ("more heads", Config(n_embd=128, n_head=16, block_size=8, batch_size=32)),
+    ("longer context", Config(n_embd=128, n_head=4, block_size=128, batch_size=8)),
+    ("gpt.py's full", Config(n_embd=384, n_head=6, block_size=256, batch_size=8)),
+)
+
+
+def milliseconds(attention: nn.Module, x: torch.Tensor, repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        attention(x).sum().backward()
+    return (time.perf_counter() - began) / repeats * 1000
+
+
+def main() -> None:
+    print(f"{'size':16} {'C':>4} {'H':>3} {'T':>4} {'B':>3} {'heads':>9} {'batched':>9}   ratio")
+    for name, config in SIZES:
+        heads, batched = MultiHeadAttention(config), BatchedMultiHeadAttention(config)
+        x = torch.randn(config.batch_size, config.block_size, config.n_embd, requires_grad=True)
+        repeats = 200 if config.block_size == 8 else 5
+        for attention in (heads, batched):
+            milliseconds(attention, x, 3)
+        rounds = [
+            (milliseconds(heads, x, repeats), milliseconds(batched, x, repeats)) for _ in range(9)
+        ]
+        slow, fast = (statistics.median(times) for times in zip(*rounds, strict=True))
+        print(
+            f"{name:16} {config.n_embd:4} {config.n_head:3} {config.block_size:4} "
+            f"{config.batch_size:3} {slow:6.2f} ms {fast:6.2f} ms   {slow / fast:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""How long the six small stages take, against the same models trained in the usual tutorial way.
+
+    python benchmarks/ladder.py
+    python benchmarks/ladder.py --max-iters 500 --rounds 1      (a quick look)
+
+The tutorial way: batches put together row by row in Python, the loss of both splits estimated
+from 200 random batches at each evaluation, the optimizer as it comes. Both sides evaluate at the
+start and ten times more, and take turns; the times are medians over the rounds. A stage of the
+course keeps one core busy, so the last line starts the scripts side by side, one for each core;
+it counts their start-up too.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import importlib
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import Tokenizer, load_corpus, split
+
+ROOT = Path(__file__).parent.parent
+STAGES = (
+    "bigram",
+    "self_attention",
+    "multihead_attention",
+    "feed_forward",
+    "residual",
+    "layer_norm",
+)
+
+
+def tutorial_seconds(stage: str, max_iters: int) -> float:
+    module = importlib.import_module(stage)
+    corpus = load_corpus()
+    tokenizer = Tokenizer(corpus.text)
+    train, validation = split(torch.tensor(tokenizer.encode(corpus.text)))
+    config = module.Config(vocab_size=len(tokenizer.vocabulary))
+    torch.manual_seed(1)
+    model = module.Model(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+
+    def get_batch(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        starts = torch.randint(len(tokens) - config.block_size, (config.batch_size,))
+        idx = torch.stack([tokens[i : i + config.block_size] for i in starts])
+        targets = torch.stack([tokens[i + 1 : i + config.block_size + 1] for i in starts])
+        return idx, targets
+
+    @torch.no_grad()
+    def estimate_losses() -> list[float]:
+        model.eval()
+        means = []
+        for tokens in (train, validation):
+            losses = torch.zeros(200)
+            for i in range(200):
+                losses[i] = model(*get_batch(tokens))[1].item()
+            means.append(losses.mean().item())
+        model.train()
+        return means
+
+    began = time.perf_counter()
+    for step in range(max_iters):
+        if step % (max_iters // 10) == 0:
+            estimate_losses()
+        _, loss = model(*get_batch(train))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    estimate_losses()
+    return time.perf_counter() - began
+
+
+def course_seconds(stage: str, max_iters: int) -> float:
+    """The script itself, its log and its checkpoints included."""
+    module = importlib.import_module(stage)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        sys.argv = [f"{stage}.py", *flags(max_iters), "--out", folder]
+        module.main()
+        with Path(folder, "losses.csv").open(encoding="utf-8") as file:
+            return float(list(csv.DictReader(file))[-1]["seconds"])
+
+
+def side_by_side_seconds(max_iters: int) -> float:
+    """All six scripts, the longest first, as many at a time as there are cores."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
+        commands = [
+            [sys.executable, ROOT / f"{stage}.py", *flags(max_iters), "--out", Path(folder, stage)]
+            for stage in reversed(STAGES)
+        ]
+        began = time.perf_counter()
+        run = functools.partial(
+            subprocess.run,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        list(workers.map(run, commands))
+        return time.perf_counter() - began
+
+
+def flags(max_iters: int) -> list[str]:
+    text = f"--max-iters {max_iters} --eval-interval {max_iters // 10} --sample-length 1"
+    return [*text.split(), "--device", "cpu"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--max-iters", type=int, default=5000)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+
+    print(f"{options.max_iters} steps, medians of {options.rounds} rounds, in seconds")
+    print(f"{'stage':20} {'tutorial':>9} {'course':>9} {'ratio':>7}")
+    totals = [0.0, 0.0]
+    for stage in STAGES:
+        rounds = [
+            (tutorial_seconds(stage, options.max_iters), course_seconds(stage, options.max_iters))
+            for _ in range(options.rounds)
+        ]
+        tutorial, course = (statistics.median(times) for times in zip(*rounds, strict=True))
+        print(f"{stage:20} {tutorial:9.2f} {course:9.2f} {course / tutorial:7.2f}", flush=True)
+        totals[0] += tutorial
+        totals[1] += course
+    together = statistics.median(
+        side_by_side_seconds(options.max_iters) for _ in range(options.rounds)
+    )
+    for name, course in (("one after the other", totals[1]), ("side by side", together)):
+        print(f"{name:20} {totals[0]:9.2f} {course:9.2f} {course / totals[0]:7.2f}")
+
+
+if __name__ == "__main__":
+    main()
