@@ -43,6 +43,7 @@ class Model(nn.Module):
         logits = self.logit_table(idx)  # (B, T, V)
         if targets is None:
             return logits, None
+        # Each position is an example of its own: B * T rows of logits, B * T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -52,6 +53,7 @@ def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
+    # idx: characters of the text, by number; targets: for each of them, the one that follows
     for idx, targets in run.batches(model, optimizer):
         logits, loss = model(idx, targets)
         optimizer.zero_grad()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import pocket_play
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).resolve().parent / "data"
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -76,7 +76,10 @@ def default_corpus() -> Path:
         reason = " ".join(str(error).split())
     fallback = DATA / "pocket_play.txt"
     if not fallback.exists():
-        write_whole(fallback, pocket_play.play().encode("utf-8"))
+        try:
+            pocket_play.write(fallback)
+        except OSError as error:
+            raise UserError(f"cannot write {fallback}: {error.strerror}") from None
     print(
         f"NO TINY SHAKESPEARE ({reason}): training on the built-in Pocket Play instead, so the "
         f"losses differ from the README's; for the real text save {TINY_SHAKESPEARE_URL} as {path}",
@@ -104,17 +107,28 @@ def download(url: str, path: Path, sha256: str, time_limit: float = 60) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file under a temporary name, then rename: nobody ever sees half of it."""
     partial = path.with_name(path.name + ".part")
     try:
         try:
             partial.write_bytes(content)
-            partial.replace(path)
+            replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename onto a file that may be there; on Windows wait a moment for whoever reads it."""
+    for _ in range(20):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(0.05)
+    source.replace(target)
 
 
 class Tokenizer:
@@ -180,7 +194,7 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError as error:
             message = str(error)
-        except (MemoryError, OverflowError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             message = (
@@ -201,7 +215,11 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """PyTorch has a word of its own for it on every device."""
-    words = ("out of memory", "allocate memory", "enough memory", "buffer size", "overflow")
-    return isinstance(error, MemoryError | OverflowError) or any(
-        word in str(error).lower() for word in words
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "invalid buffer size",
+        "storage size calculation overflowed",
     )
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)

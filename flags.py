@@ -59,7 +59,7 @@ SPECIAL_FIELDS = {
 def parse_flags(config_class: type, presets: dict[str, Any] | None) -> argparse.Namespace:
     """Read a stage's command line; of the config's fields the result has only those given."""
     module = inspect.getmodule(config_class)
-    parser = Parser(module.__doc__)
+    parser = Parser(module.__doc__.partition("\nSince ")[0])  # the diff is not for this place
     add_config_flags(parser, config_class, presets)
     group = parser.add_argument_group("the run")
     folder = f"runs/{Path(module.__file__).stem}"
@@ -82,7 +82,11 @@ def add_config_flags(parser: Parser, config_class: type, presets: dict[str, Any]
     """The field `n_embd: int = 32  # what it is` makes the flag `--n-embd N`, with that help."""
     group = parser.add_argument_group("the model and its training")
     if presets:
-        group.add_argument("--preset", choices=presets, help="all of the following at once")
+        group.add_argument(
+            "--preset",
+            choices=presets,
+            help="all of these at once (default: small on a processor, full elsewhere)",
+        )
     types = typing.get_type_hints(config_class)
     comments = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(config_class)))
     for field in fields(config_class):
@@ -95,11 +99,13 @@ def add_config_flags(parser: Parser, config_class: type, presets: dict[str, Any]
             how = {"type": SPECIAL_FIELDS.get(field.name, FIELD_TYPES[kind]), "metavar": "N"}
         else:
             how = {"choices": typing.get_args(kind)}
-        default = "the preset's" if presets else field.default
+        default = field.default
+        if presets:
+            default = ", ".join(f"{name} {getattr(presets[name], field.name)}" for name in presets)
         group.add_argument(
             flag(field.name),
             default=argparse.SUPPRESS,
-            help=f"{comments[field.name]} (default {default})".replace("%", "%%"),
+            help=f"{comments.get(field.name, '')} (default {default})".replace("%", "%%"),
             **how,
         )
 
@@ -118,7 +124,6 @@ def add_device_flag(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--device",
         choices=("auto", "cuda", "mps", "cpu"),
-        default="auto",
         help="where to compute (default auto: the first of the others that is there)",
     )
 

@@ -38,7 +38,7 @@ class Config:
     n_embd: int = 384  # C: how many channels describe a character
     n_head: int = 6  # H: how many heads share these channels, D = C / H each
     n_layer: int = 6  # how many blocks are stacked
-    dropout: float = 0.2  # which share of the channels is silenced at random while training
+    dropout: float = 0.2  # which share of the numbers is silenced at random while training
     batch_size: int = 64  # B: how many such blocks it learns from in one step
     max_iters: int = 5000  # how many steps it learns for
     eval_interval: int = 250  # how many steps pass between two evaluations
@@ -77,9 +77,10 @@ class BatchedMultiHeadAttention(nn.Module):
         B, T, C = x.shape
         H = self.n_head
         x = self.query_key_value(x)  # (B, T, 3*C)
+        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
         x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         query, key, value = x  # (B, H, T, D) each
-        # Scores, mask, softmax and sum in one; the (T, T) weights are never stored.
+        # Scores, mask, softmax and sum in one call, which need not store the (T, T) weights.
         x = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
         )  # (B, H, T, D)
@@ -149,6 +150,7 @@ class Model(nn.Module):
         logits = self.to_logits(self.final_norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
+        # Each position is an example of its own: B * T rows of logits, B * T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -177,6 +179,7 @@ def main() -> None:
     run = Run(Config, PRESETS)
     model = Model(run.config).to(run.device)
     optimizer = make_optimizer(model, run.config)
+    # idx: characters of the text, by number; targets: for each of them, the one that follows
     for idx, targets in run.batches(model, optimizer):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, run.config)

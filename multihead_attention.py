@@ -5,7 +5,8 @@ What is new: several small heads side by side, and a projection that mixes what 
 computes the same with all heads at once: one matrix product makes every query, key and value.
 
 Why it helps: a head has one set of weights for each position, so it can look for one thing at a
-time. Four heads look for four: the vowel before, the start of the word, the last new line.
+time. Four heads can look for four: say, the letter before, the last vowel, the start of the word,
+the start of the line.
 
     python multihead_attention.py
     python multihead_attention.py --attention heads
@@ -40,7 +41,7 @@ class Config:
 
 
 class Head(nn.Module):
-    """One head of causal self-attention."""
+    """One head of causal self-attention; keys, queries and values have D = head_size channels."""
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Head(nn.Module):
         # Sums of D products spread like the square root of D; scaled back, softmax stays soft.
         scores = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (B, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)
+        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
         return weights @ value  # (B, T, D)
 
 
@@ -91,11 +92,12 @@ class BatchedMultiHeadAttention(nn.Module):
         B, T, C = x.shape
         H = self.n_head
         x = self.query_key_value(x)  # (B, T, 3*C)
+        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
         x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         query, key, value = x  # (B, H, T, D) each
         scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)
+        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
         x = weights @ value  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.projection(x)
@@ -123,6 +125,7 @@ class Model(nn.Module):
         logits = self.to_logits(x)  # (B, T, V)
         if targets is None:
             return logits, None
+        # Each position is an example of its own: B * T rows of logits, B * T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -132,6 +135,7 @@ def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
+    # idx: characters of the text, by number; targets: for each of them, the one that follows
     for idx, targets in run.batches(model, optimizer):
         logits, loss = model(idx, targets)
         optimizer.zero_grad()

@@ -54,11 +54,12 @@ class BatchedMultiHeadAttention(nn.Module):
         B, T, C = x.shape
         H = self.n_head
         x = self.query_key_value(x)  # (B, T, 3*C)
+        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
         x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         query, key, value = x  # (B, H, T, D) each
         scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)
+        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
         x = weights @ value  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.projection(x)
@@ -113,6 +114,7 @@ class Model(nn.Module):
         logits = self.to_logits(x)  # (B, T, V)
         if targets is None:
             return logits, None
+        # Each position is an example of its own: B * T rows of logits, B * T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -122,6 +124,7 @@ def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
+    # idx: characters of the text, by number; targets: for each of them, the one that follows
     for idx, targets in run.batches(model, optimizer):
         logits, loss = model(idx, targets)
         optimizer.zero_grad()

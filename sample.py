@@ -7,6 +7,7 @@
 
 import argparse
 import importlib
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ CHECKPOINT_FORMAT = "character-gpt-course-1"
 def generate(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompt: str = "\n",
+    prompt: str = "",
     length: int = 500,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -35,7 +36,8 @@ def generate(
     """Yield `length` characters that continue the prompt, each as soon as it is drawn."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    idx = torch.tensor([tokenizer.encode(prompt)], device=device)  # (1, T)
+    numbers = tokenizer.encode(prompt or first_prompt(tokenizer))
+    idx = torch.tensor([numbers], device=device)  # (1, T)
     model.eval()
     for _ in range(length):
         with torch.inference_mode():
@@ -66,17 +68,19 @@ def rebuild(checkpoint: dict, device: str = "auto") -> tuple[nn.Module, Tokenize
     stage = stage_module(checkpoint["stage"])
     model = stage.Model(saved_config(stage.Config, checkpoint))
     load_weights(model, checkpoint)
-    return model.to(pick_device(device)), Tokenizer(checkpoint["vocabulary"])
+    return model.to(pick_device(device)).eval(), Tokenizer(checkpoint["vocabulary"])
 
 
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint as plain data; code inside it is refused, never run."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path.parent} holds no trained run: it has no {path.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about foreign files, which get their own word below
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except PermissionError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         except Exception:  # which one depends on where the file is damaged
             checkpoint = None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
@@ -117,9 +121,7 @@ def stream_sample(
     model: nn.Module, tokenizer: Tokenizer, options: argparse.Namespace, seed: int
 ) -> str:
     """Print the prompt and its continuation, character by character; return both."""
-    prompt = options.prompt
-    if not prompt:  # with nothing to continue, begin a line
-        prompt = "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
+    prompt = options.prompt or first_prompt(tokenizer)
     tokenizer.encode(prompt)  # refuse it before a part of it is printed
     text = prompt
     print(prompt, end="")
@@ -138,6 +140,11 @@ def stream_sample(
     return text
 
 
+def first_prompt(tokenizer: Tokenizer) -> str:
+    """With nothing to continue, begin a line."""
+    return "\n" if "\n" in tokenizer.vocabulary else tokenizer.vocabulary[0]
+
+
 @clear_errors
 def main() -> None:
     parser = Parser(__doc__)
@@ -150,7 +157,7 @@ def main() -> None:
     options = parser.parse_args()
 
     checkpoint = read_checkpoint(options.folder / "best.pt")
-    model, tokenizer = rebuild(checkpoint, options.device)
+    model, tokenizer = rebuild(checkpoint, options.device or "auto")
     seed = checkpoint["seed"] if options.seed is None else options.seed
     stream_sample(model, tokenizer, options, seed)
 

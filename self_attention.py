@@ -37,7 +37,7 @@ class Config:
 
 
 class Head(nn.Module):
-    """One head of causal self-attention."""
+    """One head of causal self-attention; keys, queries and values have D = head_size channels."""
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Head(nn.Module):
         # Sums of D products spread like the square root of D; scaled back, softmax stays soft.
         scores = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (B, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)
+        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
         return weights @ value  # (B, T, D)
 
 
@@ -78,6 +78,7 @@ class Model(nn.Module):
         logits = self.to_logits(x)  # (B, T, V)
         if targets is None:
             return logits, None
+        # Each position is an example of its own: B * T rows of logits, B * T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -87,6 +88,7 @@ def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
+    # idx: characters of the text, by number; targets: for each of them, the one that follows
     for idx, targets in run.batches(model, optimizer):
         logits, loss = model(idx, targets)
         optimizer.zero_grad()

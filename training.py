@@ -8,9 +8,13 @@ import io
 import itertools
 import json
 import math
+import os
 import platform
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +29,7 @@ from tqdm import tqdm
 
 from common import (
     DATA,
+    TINY_SHAKESPEARE_SHA256,
     Corpus,
     Tokenizer,
     UserError,
@@ -34,8 +39,16 @@ from common import (
     split,
     write_whole,
 )
+from data import pocket_play
 from flags import flag, given_fields, parse_flags
-from sample import CHECKPOINT_FORMAT, load_weights, read_checkpoint, saved_config, stream_sample
+from sample import (
+    CHECKPOINT_FORMAT,
+    changed_since,
+    load_weights,
+    read_checkpoint,
+    saved_config,
+    stream_sample,
+)
 
 RUN_FILES = ("config.json", "losses.csv", "checkpoint.pt", "best.pt", "sample.txt")
 MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
@@ -55,15 +68,16 @@ class Run:
         self.script = Path(inspect.getfile(config_class))
         self.stage = self.script.stem
         self.options = parse_flags(config_class, presets)
-        self.device = pick_device(self.options.device)
-        self.folder, self.saved, self.preset = self.options.out, None, None
+        self.folder, self.saved, self.announcement = self.options.out, None, ""
         self.step, self.rows, self.seconds = 0, [], 0.0  # rows: those of losses.csv
         self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row
         if self.options.resume:
             self.folder = self.folder or newest_run(self.stage)
             self.saved = read_checkpoint(self.folder / "checkpoint.pt")
+            self.device = pick_device(self.options.device or self.saved["device"])
             self.resume_config(config_class)
         else:
+            self.device = pick_device(self.options.device or "auto")
             self.choose_config(config_class, presets)
         n_head = getattr(self.config, "n_head", 1)
         if n_head > 1 and self.config.n_embd % n_head:
@@ -87,9 +101,10 @@ class Run:
             )
         config = config_class()
         if presets:
-            by_device = "small" if self.device.type == "cpu" else "full"
-            self.preset = self.options.preset or by_device
-            config = presets[self.preset]
+            preset = self.options.preset or ("small" if self.device.type == "cpu" else "full")
+            chosen = "" if self.options.preset else f", chosen for {self.device.type}"
+            self.announcement = f"preset {preset}{chosen}"
+            config = presets[preset]
         self.config = replace(config, **given_fields(self.options, config_class))
         self.seed = 1 if self.options.seed is None else self.options.seed
 
@@ -103,12 +118,17 @@ class Run:
         saved = self.saved["config"] | {"seed": self.saved["seed"]}
         asked = given if self.options.seed is None else given | {"seed": self.options.seed}
         for name, value in asked.items():
-            if name not in MAY_CHANGE_ON_RESUME and value != saved[name]:
+            if name not in MAY_CHANGE_ON_RESUME and value != saved.get(name):
                 raise UserError(
-                    f"the run in {self.folder} was made with {flag(name)} {saved[name]}, not "
+                    f"the run in {self.folder} was made with {flag(name)} {saved.get(name)}, not "
                     f"{value}: resume it without that flag, or start a new run"
                 )
         self.config = replace(saved_config(config_class, self.saved), **given)
+        if self.config.max_iters < self.saved["step"]:
+            raise UserError(
+                f"the run in {self.folder} is at step {self.saved['step']} already: --max-iters "
+                f"{self.config.max_iters} would have to be more"
+            )
         self.seed = self.saved["seed"]
 
     def load_text(self) -> None:
@@ -116,7 +136,8 @@ class Run:
         path = self.options.data
         if self.saved and path is None:
             path = Path(self.saved["corpus"]["path"])
-            path = path if path.exists() else DATA / path.name
+            if self.saved["corpus"]["sha256"] == TINY_SHAKESPEARE_SHA256:
+                path = None  # wherever it lay then, it can be had here
         self.corpus = load_corpus(path)
         if self.saved and self.corpus.sha256 != self.saved["corpus"]["sha256"]:
             raise UserError(
@@ -140,17 +161,12 @@ class Run:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches to learn from; in between evaluate, log, save, and heed Ctrl-C."""
         self.model, self.optimizer = model, optimizer
-        with interrupts() as interrupted, self.progress_bar() as self.bar:
+        few = threads(self.step_threads)
+        with few, interrupts() as interrupted, self.progress_bar() as self.bar:
             self.begin()
             first_step, began = self.step, time.perf_counter()
             while self.step < self.config.max_iters:
-                idx, targets = draw_batch(
-                    self.training_text,
-                    self.config.block_size,
-                    self.config.batch_size,
-                    self.generator,
-                )
-                yield idx.to(self.device), targets.to(self.device)
+                yield self.draw(self.generator)
                 self.step += 1
                 self.bar.update()
                 if self.step % self.config.eval_interval == 0 or self.step == self.config.max_iters:
@@ -166,8 +182,10 @@ class Run:
                     )
                     raise SystemExit(130)
                 seconds = time.perf_counter() - began
-                if self.preset and (seconds > 3 or self.step == self.config.max_iters):
-                    self.announce_time(seconds / (self.step - first_step))
+                if self.announcement and (seconds > 3 or self.step == self.config.max_iters):
+                    in_all = duration(seconds / (self.step - first_step) * self.config.max_iters)
+                    self.bar.write(f"{self.announcement}: about {in_all} in all")
+                    self.announcement = ""
 
     def begin(self) -> None:
         """Take up the saved run where it stood, or open a folder for a new one."""
@@ -175,7 +193,8 @@ class Run:
             self.restore()
         self.started = time.perf_counter() - self.seconds
         if not self.saved:
-            self.evaluate()  # before a file is touched: the model may not fit into memory
+            self.evaluate()
+            self.rehearse()
             self.claim_folder()
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         settings = {
@@ -188,21 +207,35 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
         write_whole(self.folder / "config.json", json.dumps(settings, indent=2).encode("utf-8"))
-        print(
+        self.bar.write(
             f"{self.stage}: {parameters:,} parameters on {self.device.type}, text "
             f"{self.corpus.name} of {len(self.corpus.text):,} characters "
             f"({self.config.vocab_size} different), run folder {self.folder}"
         )
         if self.saved:
             (self.folder / "sample.txt").unlink(missing_ok=True)
-            left = self.config.max_iters - self.step
-            print(
-                f"goes on after step {self.step}"
-                if left > 0
-                else f"is at its end; --max-iters above {self.step} takes it further"
-            )
+            where = f"goes on after step {self.step}"
+            if self.step == self.config.max_iters:
+                where = f"is at its end; --max-iters above {self.step} takes it further"
+            self.bar.write(where)
         self.save()
         self.print_row()
+
+    def rehearse(self) -> None:
+        """A step that leaves no trace: if memory is too short, no file has been touched yet."""
+        random = random_module(self.device)
+        state = random.get_rng_state()
+        idx, targets = self.draw(torch.Generator())
+        self.model(idx, targets)[1].backward()
+        self.optimizer.zero_grad()
+        random.set_rng_state(state)
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        config = self.config
+        idx, targets = draw_batch(
+            self.training_text, config.block_size, config.batch_size, generator
+        )
+        return idx.to(self.device), targets.to(self.device)
 
     def log(self, loss: Tensor) -> None:
         """Count a batch's loss towards the next row; show it in the progress bar."""
@@ -213,25 +246,28 @@ class Run:
 
     def finish(self) -> None:
         """Say how far the run came, and let its best state write a text."""
-        torch.set_num_threads(self.all_threads)
         best = min(self.rows, key=validation_loss)
         print(
             f"best validation loss {best['val_loss']:.4f}, which is "
             f"{best['val_loss'] / math.log(2):.3f} bits per character, "
             f"at step {best['step']} after {best['seconds']:.1f} s"
         )
+        if Path(self.corpus.path).resolve() == DATA / "pocket_play.txt":
+            bound = pocket_play.entropy_per_character()
+            print(f"the entropy of Pocket Play, below which no model gets on average: {bound:.4f}")
         load_weights(self.model, read_checkpoint(self.folder / "best.pt"))
         text = stream_sample(self.model, self.tokenizer, self.options, self.seed)
         write_whole(self.folder / "sample.txt", text.encode("utf-8"))
 
     def evaluate(self) -> None:
         """Add a row to the log."""
-        torch.set_num_threads(self.all_threads)
-        if self.loss_count:
-            train_loss = float(self.loss_sum) / self.loss_count
-        else:  # before the first batch: as much of the text as there is to validate with
-            train_loss = exact_loss(self.model, self.training_text[: len(self.validation_text)])
-        val_loss = exact_loss(self.model, self.validation_text)
+        with threads(self.all_threads):
+            val_loss = exact_loss(self.model, self.validation_text)
+            if self.loss_count:
+                train_loss = float(self.loss_sum) / self.loss_count
+            else:  # before the first batch: as much of the text as there is to validate with
+                first_part = self.training_text[: len(self.validation_text)]
+                train_loss = exact_loss(self.model, first_part)
         if not math.isfinite(val_loss):
             raise UserError(
                 f"the validation loss became {val_loss} by step {self.step}: try a smaller "
@@ -248,7 +284,6 @@ class Run:
             }
         )
         self.loss_sum, self.loss_count = 0.0, 0
-        torch.set_num_threads(self.step_threads)
 
     def print_row(self) -> None:
         row = self.rows[-1]
@@ -257,13 +292,6 @@ class Run:
             f"validation {row['val_loss']:.4f}   {row['seconds']:7.1f} s"
         )
 
-    def announce_time(self, seconds_per_step: float) -> None:
-        """Once, as soon as it can be told: which preset was taken, and how long it will take."""
-        choice = "" if self.options.preset else f", chosen for {self.device.type}"
-        time_needed = duration(seconds_per_step * self.config.max_iters)
-        self.bar.write(f"preset {self.preset}{choice}: about {time_needed} in all")
-        self.preset = None
-
     def progress_bar(self) -> tqdm:
         """Nothing where the output is not a terminal but, say, a file."""
         step = self.saved["step"] if self.saved else 0
@@ -271,7 +299,7 @@ class Run:
 
     def claim_folder(self) -> None:
         """Empty the folder that --out names; without --out make the first that is still free."""
-        taken = None
+        taken = []
         try:
             if self.folder is None and not self.options.overwrite:
                 self.folder, taken = make_free_folder(self.stage)
@@ -283,13 +311,19 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write the run's folder: {error}") from None
         if taken:
-            print(f"{taken} is taken, so this run goes to {self.folder}")
-            if (taken / "checkpoint.pt").exists() and not (taken / "sample.txt").exists():
-                print(f"the run in {taken} is unfinished; to go on: {self.resume_command(taken)}")
+            self.bar.write(f"{taken[-1]} is taken, so this run goes to {self.folder}")
+        for folder in taken:
+            if (folder / "checkpoint.pt").exists() and not (folder / "sample.txt").exists():
+                command = self.resume_command(folder)
+                self.bar.write(f"{folder} is unfinished or still running; to go on: {command}")
 
     def resume_command(self, folder: Path) -> str:
-        quoted = f'"{folder}"' if " " in str(folder) else folder
-        return f"python {self.script.name} --resume --out {quoted}"
+        """What to type in this folder, with this Python."""
+        python = Path(sys.executable)
+        if python.is_relative_to(Path.cwd()):
+            python = python.relative_to(Path.cwd())
+        words = [str(python), sys.argv[0], "--resume", "--out", str(folder)]
+        return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
     def save(self) -> None:
         """Write the complete state, and the log."""
@@ -316,8 +350,8 @@ class Run:
         # best.pt first: a run that dies between the two writes the same best.pt again.
         newest = self.rows[-1]
         if newest["step"] == self.step and newest == min(self.rows, key=validation_loss):
-            write_whole(self.folder / "best.pt", buffer.getvalue())
-        write_whole(self.folder / "checkpoint.pt", buffer.getvalue())
+            write_whole(self.folder / "best.pt", buffer.getbuffer())
+        write_whole(self.folder / "checkpoint.pt", buffer.getbuffer())
         write_whole(self.folder / "losses.csv", losses_csv(self.rows))
         self.saved_at = time.perf_counter()
 
@@ -325,7 +359,10 @@ class Run:
         """Take over the complete state: from here the run goes on as if it had never stopped."""
         saved = self.saved
         load_weights(self.model, saved)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except ValueError:
+            raise changed_since(saved) from None
         self.step, self.rows, self.seconds = saved["step"], saved["rows"], saved["seconds"]
         self.loss_sum, self.loss_count = saved["loss_sum"], saved["loss_count"]
         self.generator.set_state(saved["batch_state"])
@@ -339,17 +376,16 @@ def exact_loss(model: nn.Module, tokens: Tensor) -> float:
     model.eval()
     device = next(model.parameters()).device
     T = model.block_size
-    border = (len(tokens) - 1) // T * T  # here the last window begins, which is shorter
-    step = max(1, EVALUATION_TOKENS // T) * T
+    idx, targets = tokens[:-1], tokens[1:]
+    whole = len(idx) // T * T
+    rows = max(1, EVALUATION_TOKENS // T)
+    windows = [part[:whole].view(-1, T).split(rows) for part in (idx, targets)]
+    last = (idx[whole:][None], targets[whole:][None])  # shorter, or empty
     total = 0.0
-    for start, end in itertools.pairwise([*range(0, border, step), border, len(tokens) - 1]):
-        if start == end:
-            continue
-        width = min(T, end - start)
-        idx = tokens[start:end].view(-1, width).to(device)
-        targets = tokens[start + 1 : end + 1].view(-1, width).to(device)
-        _, loss = model(idx, targets)
-        total += loss.item() * (end - start)
+    for idx, targets in [*zip(*windows, strict=True), last]:
+        if idx.numel():
+            _, loss = model(idx.to(device), targets.to(device))
+            total += loss.item() * idx.numel()
     model.train()
     return total / (len(tokens) - 1)
 
@@ -376,7 +412,8 @@ def losses_csv(rows: list[dict[str, float]]) -> bytes:
 
 
 def corpus_record(corpus: Corpus) -> dict[str, str]:
-    return {"name": corpus.name, "path": corpus.path, "sha256": corpus.sha256}
+    path = str(Path(corpus.path).resolve())
+    return {"name": corpus.name, "path": path, "sha256": corpus.sha256}
 
 
 def random_module(device: torch.device) -> ModuleType:
@@ -384,20 +421,21 @@ def random_module(device: torch.device) -> ModuleType:
     return torch if device.type == "cpu" else getattr(torch, device.type)
 
 
-def make_free_folder(stage: str) -> tuple[Path, Path | None]:
-    """Make runs/gpt or, where that is taken, runs/gpt-2 and so on; and name the last one taken."""
-    taken = None
+def make_free_folder(stage: str) -> tuple[Path, list[Path]]:
+    """Make runs/gpt or, where that is taken, runs/gpt-2 and so on; and list the taken ones."""
+    Path("runs").mkdir(exist_ok=True)
+    taken = []
     for number in itertools.count(1):
         folder = Path("runs", stage if number == 1 else f"{stage}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder, taken
         except FileExistsError:
-            taken = folder
+            taken.append(folder)
 
 
 def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in RUN_FILES)
+    return any(os.path.exists(folder / name) for name in RUN_FILES)
 
 
 def newest_run(stage: str) -> Path:
@@ -413,6 +451,16 @@ def newest_run(stage: str) -> Path:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def interrupts() -> Iterator[list[int]]:
     """Collect the first Ctrl-C instead of dying of it; a second one ends the program as usual."""
     received = []
@@ -420,6 +468,7 @@ def interrupts() -> Iterator[list[int]]:
 
     def receive(number: int, _: object) -> None:
         received.append(number)
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not here
         signal.signal(number, before[number])
 
     for number in before:

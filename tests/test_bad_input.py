@@ -1,9 +1,13 @@
 """Whatever is wrong: one clear line, exit code 2, no traceback, nothing lost or half written."""
 
+import dataclasses
+import importlib
 import io
 import os
 import pickle
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -11,7 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, SMALL_MODEL, STAGES, start
+from conftest import ROOT, SMALL, SMALL_MODEL, STAGES, start
+
+import gpt
+from common import is_out_of_memory
 
 NEWS = "a line " * 40  # 280 characters, 28 of them for validation
 
@@ -75,6 +82,7 @@ BAD_FLAGS = [
     ("sample", "", "RUN_FOLDER"),
     ("sample", "runs/none", "holds no trained run"),
     ("sample", "text.txt", "holds no trained run"),
+    ("sample", "x" * 300, "holds no trained run"),
 ]
 
 
@@ -144,12 +152,20 @@ def test_a_folder_that_holds_a_run(small_run: Callable, refused: Callable) -> No
 
 def test_a_folder_that_cannot_be_made(run: Callable, text: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
-    for folder in (text, text / "run"):
+    for folder in (text, text / "run", "x" * 300):
         code, _, errors = run("bigram", "--out", folder)
         assert code == 2
         assert "cannot write the run's folder" in errors
         assert len(errors.splitlines()) == 1
     assert files(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_runs_folder_that_leads_nowhere(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to("/nowhere/at/all")
+    code, _, errors = run("bigram")
+    assert code == 2
+    assert "cannot write the run's folder" in errors
 
 
 def test_nothing_to_resume(refused: Callable) -> None:
@@ -163,6 +179,7 @@ CHANGES = [
     ("layer_norm", "--block-size 4", "was made with --block-size 8, not 4"),
     ("layer_norm", "--learning-rate 0.5", "was made with --learning-rate 0.001, not 0.5"),
     ("layer_norm", "--seed 2", "was made with --seed 1, not 2"),
+    ("layer_norm", "--max-iters 10", "is at step 20 already"),
     ("layer_norm", "--data other.txt", "is not the text that the run in run learns from"),
     ("residual", "", "was made by layer_norm.py"),
 ]
@@ -267,10 +284,54 @@ def test_a_stage_that_has_changed_since(
         assert "gpt.py has changed since this run" in refused("sample", "run")
 
 
-@pytest.mark.parametrize("flags", ["--n-embd 2000000", "--n-embd 2000000000"])
-def test_out_of_memory(flags: str, refused: Callable) -> None:
-    complaint = "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
-    assert complaint in refused("gpt", "--n-head", 1, "--n-layer", 1, *flags.split())
+OUT_OF_MEMORY = "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
+
+
+@pytest.mark.parametrize(
+    "n_embd",
+    [
+        2_000_000_000,  # too large to be a size at all
+        pytest.param(
+            2_000_000,
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="might be granted there"),
+        ),
+    ],
+)
+def test_out_of_memory(n_embd: int, refused: Callable) -> None:
+    flags = ["--n-head", 1, "--n-layer", 1, "--n-embd", n_embd]
+    assert OUT_OF_MEMORY in refused("gpt", *flags)
+
+
+def test_out_of_memory_in_the_first_step_keeps_the_old_run(
+    small_run: Callable, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert small_run("gpt", "--out", "run")[0] == 0
+    forward = gpt.Model.forward
+
+    def greedy(self: torch.nn.Module, *arguments: torch.Tensor) -> tuple:
+        if self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(gpt.Model, "forward", greedy)
+    assert OUT_OF_MEMORY in refused("gpt", "--out", "run", "--overwrite")
+    assert OUT_OF_MEMORY in refused("gpt", "--out", "another")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), True),
+        (RuntimeError("value cannot be converted to type int64_t without overflow"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (32x8 and 4x8)"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, is_it: bool) -> None:
+    assert is_out_of_memory(error) == is_it
 
 
 def test_a_loss_that_explodes(run: Callable, text: Path, tmp_path: Path) -> None:
@@ -283,27 +344,57 @@ def test_a_loss_that_explodes(run: Callable, text: Path, tmp_path: Path) -> None
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] < 20
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_leaves_the_last_checkpoint(
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     small_run: Callable, run: Callable, tmp_path: Path
 ) -> None:
-    assert small_run("bigram", "--out", "run")[0] == 0
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    (tmp_path / "run" / "checkpoint.pt.part").symlink_to("/dev/full")
-    code, _, errors = run("bigram", "--resume", "--out", "run", "--max-iters", 40)
+    resource = pytest.importorskip("resource")
+    folder = tmp_path / "run"
+    assert small_run("bigram", "--out", folder)[0] == 0
+    before = files(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # enough for a log, no more
+    try:
+        code, _, errors = run("bigram", "--resume", "--out", folder, "--max-iters", 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2
-    assert "cannot write" in errors
-    assert "No space left" in errors
-    assert len(errors.splitlines()) == 1
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert errors == f"bigram.py: cannot write {folder / 'best.pt'}: File too large\n"
+    after = files(folder)
+    for name in ("checkpoint.pt", "best.pt", "losses.csv"):
+        assert after[folder / name] == before[folder / name]
+    assert run("bigram", "--resume", "--out", folder, "--max-iters", 40)[0] == 0
 
 
-@pytest.mark.parametrize("script", [*STAGES, "sample"])
-def test_help_reads_well(script: str, run: Callable) -> None:
-    code, output, _ = run(script, "--help")
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_explains_every_field_of_the_config(stage: str, run: Callable) -> None:
+    code, output, _ = run(stage, "--help")
     assert code == 0
-    assert "--temperature N" in output
-    assert max(map(len, output.splitlines())) <= 100
+    output = " ".join(output.split())
+    config = importlib.import_module(stage).Config
+    source = (ROOT / f"{stage}.py").read_text(encoding="utf-8")
+    for field in dataclasses.fields(config):
+        name = "--" + field.name.replace("_", "-")
+        if field.name == "vocab_size":
+            assert name not in output
+        else:
+            comment = re.search(rf"    {field.name}: .*  # (.*)", source)[1]
+            assert re.search(rf"{name}[^(]* {re.escape(comment)}", output), name
+
+
+def test_a_field_without_a_comment_is_a_flag_all_the_same(tmp_path: Path) -> None:
+    """Readers change the scripts: theirs need not be as tidy."""
+    source = (ROOT / "bigram.py").read_text(encoding="utf-8")
+    source = source.replace("class Config:\n", "class Config:\n    mood: int = 3\n")
+    path = tmp_path / "my_bigram.py"
+    path.write_text(source, encoding="utf-8")
+    process = subprocess.run(
+        [sys.executable, path, "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "--mood N" in process.stdout
 
 
 def test_as_a_reader_sees_it(tmp_path: Path, text: Path) -> None:
