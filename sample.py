@@ -37,14 +37,14 @@ def generate(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     numbers = tokenizer.encode(prompt or first_prompt(tokenizer))
-    idx = torch.tensor([numbers], device=device)  # (1, T)
     model.eval()
     for _ in range(length):
+        numbers = numbers[-model.block_size :]  # all that the model can see
+        idx = torch.tensor([numbers], device=device)  # (1, T)
         with torch.inference_mode():
-            logits, _ = model(idx[:, -model.block_size :])  # (1, T, V)
-        number = choose(logits[0, -1].cpu(), temperature, top_k, generator)
-        idx = torch.cat((idx, torch.tensor([[number]], device=device)), dim=1)  # (1, T+1)
-        yield tokenizer.decode([number])
+            logits, _ = model(idx)  # (1, T, V)
+        numbers.append(choose(logits[0, -1].cpu(), temperature, top_k, generator))
+        yield tokenizer.decode(numbers[-1:])
 
 
 def choose(

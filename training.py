@@ -68,7 +68,7 @@ class Run:
         self.script = Path(inspect.getfile(config_class))
         self.stage = self.script.stem
         self.options = parse_flags(config_class, presets)
-        self.folder, self.saved, self.announcement = self.options.out, None, ""
+        self.folder, self.saved, self.preset = self.options.out, None, ""
         self.step, self.rows, self.seconds = 0, [], 0.0  # rows: those of losses.csv
         self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row
         if self.options.resume:
@@ -103,7 +103,7 @@ class Run:
         if presets:
             preset = self.options.preset or ("small" if self.device.type == "cpu" else "full")
             chosen = "" if self.options.preset else f", chosen for {self.device.type}"
-            self.announcement = f"preset {preset}{chosen}"
+            self.preset = f"preset {preset}{chosen}"
             config = presets[preset]
         self.config = replace(config, **given_fields(self.options, config_class))
         self.seed = 1 if self.options.seed is None else self.options.seed
@@ -164,7 +164,6 @@ class Run:
         few = threads(self.step_threads)
         with few, interrupts() as interrupted, self.progress_bar() as self.bar:
             self.begin()
-            first_step, began = self.step, time.perf_counter()
             while self.step < self.config.max_iters:
                 yield self.draw(self.generator)
                 self.step += 1
@@ -181,22 +180,25 @@ class Run:
                         f"stopped at step {self.step}; to go on: {self.resume_command(self.folder)}"
                     )
                     raise SystemExit(130)
-                seconds = time.perf_counter() - began
-                if self.announcement and (seconds > 3 or self.step == self.config.max_iters):
-                    in_all = duration(seconds / (self.step - first_step) * self.config.max_iters)
-                    self.bar.write(f"{self.announcement}: about {in_all} in all")
-                    self.announcement = ""
 
     def begin(self) -> None:
         """Take up the saved run where it stood, or open a folder for a new one."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.bar.write(
+            f"{self.stage}: {parameters:,} parameters on {self.device.type}, text "
+            f"{self.corpus.name} of {len(self.corpus.text):,} characters "
+            f"({self.config.vocab_size} different)"
+        )
         if self.saved:
             self.restore()
+        else:
+            in_all = duration(self.rehearse() * self.config.max_iters)
+            if self.preset:
+                self.bar.write(f"{self.preset}: about {in_all}")
         self.started = time.perf_counter() - self.seconds
         if not self.saved:
             self.evaluate()
-            self.rehearse()
             self.claim_folder()
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         settings = {
             "stage": self.stage,
             "config": asdict(self.config),
@@ -207,28 +209,26 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
         write_whole(self.folder / "config.json", json.dumps(settings, indent=2).encode("utf-8"))
-        self.bar.write(
-            f"{self.stage}: {parameters:,} parameters on {self.device.type}, text "
-            f"{self.corpus.name} of {len(self.corpus.text):,} characters "
-            f"({self.config.vocab_size} different), run folder {self.folder}"
-        )
-        if self.saved:
-            (self.folder / "sample.txt").unlink(missing_ok=True)
-            where = f"goes on after step {self.step}"
-            if self.step == self.config.max_iters:
-                where = f"is at its end; --max-iters above {self.step} takes it further"
-            self.bar.write(where)
         self.save()
+        self.bar.write(f"run folder {self.folder}")
         self.print_row()
 
-    def rehearse(self) -> None:
-        """A step that leaves no trace: if memory is too short, no file has been touched yet."""
+    def rehearse(self) -> float:
+        """Seconds for a step, from two that leave no trace.
+
+        If memory is too short for a step, this fails before any file has been touched.
+        """
         random = random_module(self.device)
         state = random.get_rng_state()
-        idx, targets = self.draw(torch.Generator())
-        self.model(idx, targets)[1].backward()
-        self.optimizer.zero_grad()
+        for _ in range(2):  # the first one warms up
+            began = time.perf_counter()
+            _, loss = self.model(*self.draw(torch.Generator()))
+            loss.backward()
+            loss.item()  # waits until a graphics card is done
+            seconds = time.perf_counter() - began
+            self.optimizer.zero_grad()
         random.set_rng_state(state)
+        return seconds
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -357,6 +357,7 @@ class Run:
 
     def restore(self) -> None:
         """Take over the complete state: from here the run goes on as if it had never stopped."""
+        (self.folder / "sample.txt").unlink(missing_ok=True)  # it is finished no longer
         saved = self.saved
         load_weights(self.model, saved)
         try:
@@ -368,6 +369,10 @@ class Run:
         self.generator.set_state(saved["batch_state"])
         if saved["device"] == self.device.type:  # no other device continues the same numbers
             random_module(self.device).set_rng_state(saved["device_state"])
+        where = f"goes on after step {self.step}"
+        if self.step == self.config.max_iters:
+            where = f"is at its end; --max-iters above {self.step} takes it further"
+        self.bar.write(where)
 
 
 @torch.inference_mode()
