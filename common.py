@@ -107,30 +107,6 @@ def download(url: str, path: Path, sha256: str, time_limit: float = 60) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file under a temporary name, then rename: nobody ever sees half of it."""
-    partial = path.with_name(path.name + ".part")
-    try:
-        try:
-            partial.write_bytes(content)
-            replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def replace(source: Path, target: Path) -> None:
-    """Rename onto a file that may be there; on Windows wait a moment for whoever reads it."""
-    for _ in range(20):
-        try:
-            source.replace(target)
-            return
-        except PermissionError:
-            time.sleep(0.05)
-    source.replace(target)
-
-
 class Tokenizer:
     """Characters as numbers: a character's number is its place in the sorted vocabulary."""
 

@@ -7,12 +7,9 @@
 
 import argparse
 import importlib
-import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +17,7 @@ from torch.nn import functional as F
 
 from common import Tokenizer, UserError, clear_errors, pick_device
 from flags import SEED, Parser, add_device_flag, add_sampling_flags
-
-CHECKPOINT_FORMAT = "character-gpt-course-1"
+from run_folder import load_weights, read_checkpoint, saved_config
 
 
 def generate(
@@ -69,43 +65,6 @@ def rebuild(checkpoint: dict, device: str = "auto") -> tuple[nn.Module, Tokenize
     model = stage.Model(saved_config(stage.Config, checkpoint))
     load_weights(model, checkpoint)
     return model.to(pick_device(device)).eval(), Tokenizer(checkpoint["vocabulary"])
-
-
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint as plain data; code inside it is refused, never run."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path.parent} holds no trained run: it has no {path.name}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about foreign files, which get their own word below
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except PermissionError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except Exception:  # which one depends on where the file is damaged
-            checkpoint = None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is damaged, or is not a checkpoint of this course")
-    return checkpoint
-
-
-def saved_config(config_class: type, checkpoint: dict) -> Any:
-    try:
-        return config_class(**checkpoint["config"])
-    except TypeError:
-        raise changed_since(checkpoint) from None
-
-
-def load_weights(model: nn.Module, checkpoint: dict) -> None:
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        raise changed_since(checkpoint) from None
-
-
-def changed_since(checkpoint: dict) -> UserError:
-    return UserError(
-        f"{checkpoint['stage']}.py has changed since this run, which no longer fits it"
-    )
 
 
 def stage_module(name: str) -> ModuleType:

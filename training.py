@@ -5,12 +5,10 @@ A stage's `main` makes a `Run`, iterates over its batches and does the learning 
 
 import inspect
 import io
-import itertools
 import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -37,20 +35,24 @@ from common import (
     load_corpus,
     pick_device,
     split,
-    write_whole,
 )
 from data import pocket_play
 from flags import flag, given_fields, parse_flags
-from sample import (
+from run_folder import (
     CHECKPOINT_FORMAT,
+    RUN_FILES,
     changed_since,
+    holds_run,
     load_weights,
+    losses_csv,
+    make_free_folder,
+    newest_run,
     read_checkpoint,
     saved_config,
-    stream_sample,
+    write_whole,
 )
+from sample import stream_sample
 
-RUN_FILES = ("config.json", "losses.csv", "checkpoint.pt", "best.pt", "sample.txt")
 MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
 EVALUATION_TOKENS = 8192  # how many characters one forward pass of an evaluation takes
 SECONDS_BETWEEN_SAVES = 300
@@ -406,16 +408,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def losses_csv(rows: list[dict[str, float]]) -> bytes:
-    lines = [",".join(rows[0])]
-    for row in rows:
-        lines.append(
-            f"{row['step']},{row['train_loss']:.6f},{row['val_loss']:.6f},"
-            f"{row['learning_rate']:.6g},{row['tokens']},{row['seconds']:.2f}"
-        )
-    return ("\n".join(lines) + "\n").encode("utf-8")
-
-
 def corpus_record(corpus: Corpus) -> dict[str, str]:
     path = str(Path(corpus.path).resolve())
     return {"name": corpus.name, "path": path, "sha256": corpus.sha256}
@@ -424,35 +416,6 @@ def corpus_record(corpus: Corpus) -> dict[str, str]:
 def random_module(device: torch.device) -> ModuleType:
     """Where that device's random numbers come from."""
     return torch if device.type == "cpu" else getattr(torch, device.type)
-
-
-def make_free_folder(stage: str) -> tuple[Path, list[Path]]:
-    """Make runs/gpt or, where that is taken, runs/gpt-2 and so on; and list the taken ones."""
-    Path("runs").mkdir(exist_ok=True)
-    taken = []
-    for number in itertools.count(1):
-        folder = Path("runs", stage if number == 1 else f"{stage}-{number}")
-        try:
-            folder.mkdir()
-            return folder, taken
-        except FileExistsError:
-            taken.append(folder)
-
-
-def holds_run(folder: Path) -> bool:
-    return any(os.path.exists(folder / name) for name in RUN_FILES)
-
-
-def newest_run(stage: str) -> Path:
-    """The run of a stage that was written last."""
-    checkpoints = [
-        path
-        for path in Path("runs").glob(f"{stage}*/checkpoint.pt")
-        if re.fullmatch(rf"{stage}(-\d+)?", path.parent.name)
-    ]
-    if not checkpoints:
-        raise UserError(f"there is no run of {stage} in runs to resume; name its folder with --out")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
 
 @contextmanager

@@ -303,9 +303,10 @@ def test_out_of_memory(n_embd: int, refused: Callable) -> None:
 
 
 def test_out_of_memory_in_the_first_step_keeps_the_old_run(
-    small_run: Callable, refused: Callable, monkeypatch: pytest.MonkeyPatch
+    small_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert small_run("gpt", "--out", "run")[0] == 0
+    before = files(tmp_path)
     forward = gpt.Model.forward
 
     def greedy(self: torch.nn.Module, *arguments: torch.Tensor) -> tuple:
@@ -314,8 +315,10 @@ def test_out_of_memory_in_the_first_step_keeps_the_old_run(
         return forward(self, *arguments)
 
     monkeypatch.setattr(gpt.Model, "forward", greedy)
-    assert OUT_OF_MEMORY in refused("gpt", "--out", "run", "--overwrite")
-    assert OUT_OF_MEMORY in refused("gpt", "--out", "another")
+    for flags in (["--out", "run", "--overwrite"], ["--out", "another"], []):
+        code, _, errors = small_run("gpt", *flags)
+        assert (code, errors) == (2, f"gpt.py: {OUT_OF_MEMORY}\n")
+    assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize(

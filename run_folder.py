@@ -1,0 +1,117 @@
+"""A run's folder: its files, how they are written, and how they are read again."""
+
+import itertools
+import os
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common import UserError
+
+RUN_FILES = ("config.json", "losses.csv", "checkpoint.pt", "best.pt", "sample.txt")
+CHECKPOINT_FORMAT = "character-gpt-course-1"
+
+
+def make_free_folder(stage: str) -> tuple[Path, list[Path]]:
+    """Make runs/gpt or, where that is taken, runs/gpt-2 and so on; and list the taken ones."""
+    Path("runs").mkdir(exist_ok=True)
+    taken = []
+    for number in itertools.count(1):
+        folder = Path("runs", stage if number == 1 else f"{stage}-{number}")
+        try:
+            folder.mkdir()
+            return folder, taken
+        except FileExistsError:
+            taken.append(folder)
+
+
+def holds_run(folder: Path) -> bool:
+    return any(os.path.exists(folder / name) for name in RUN_FILES)
+
+
+def newest_run(stage: str) -> Path:
+    """The run of a stage that was written last."""
+    checkpoints = [
+        path
+        for path in Path("runs").glob(f"{stage}*/checkpoint.pt")
+        if re.fullmatch(rf"{stage}(-\d+)?", path.parent.name)
+    ]
+    if not checkpoints:
+        raise UserError(f"there is no run of {stage} in runs to resume; name its folder with --out")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file under a temporary name, then rename: nobody ever sees half of it."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        try:
+            partial.write_bytes(content)
+            replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename onto a file that may be there; on Windows wait a moment for whoever reads it."""
+    for _ in range(20):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(0.05)
+    source.replace(target)
+
+
+def losses_csv(rows: list[dict[str, float]]) -> bytes:
+    lines = [",".join(rows[0])]
+    for row in rows:
+        lines.append(
+            f"{row['step']},{row['train_loss']:.6f},{row['val_loss']:.6f},"
+            f"{row['learning_rate']:.6g},{row['tokens']},{row['seconds']:.2f}"
+        )
+    return ("\n".join(lines) + "\n").encode("utf-8")
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint as plain data; code inside it is refused, never run."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path.parent} holds no trained run: it has no {path.name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about foreign files, which get their own word below
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except PermissionError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except Exception:  # which one depends on where the file is damaged
+            checkpoint = None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is damaged, or is not a checkpoint of this course")
+    return checkpoint
+
+
+def saved_config(config_class: type, checkpoint: dict) -> Any:
+    try:
+        return config_class(**checkpoint["config"])
+    except TypeError:
+        raise changed_since(checkpoint) from None
+
+
+def load_weights(model: nn.Module, checkpoint: dict) -> None:
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise changed_since(checkpoint) from None
+
+
+def changed_since(checkpoint: dict) -> UserError:
+    return UserError(
+        f"{checkpoint['stage']}.py has changed since this run, which no longer fits it"
+    )
