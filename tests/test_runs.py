@@ -302,6 +302,7 @@ def test_on_a_terminal_every_line_stands_alone(tmp_path: Path, text: Path) -> No
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in received.decode().split("\n")]
     for beginning in (
         "gpt: ",
+        "run folder ",
         "step     0 ",
         "step    20 ",
         "preset small",
