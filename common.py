@@ -81,8 +81,8 @@ def default_corpus() -> Path:
         except OSError as error:
             raise UserError(f"cannot write {fallback}: {error.strerror}") from None
     print(
-        f"NO TINY SHAKESPEARE ({reason}): training on the built-in Pocket Play instead, so the "
-        f"losses differ from the README's; for the real text save {TINY_SHAKESPEARE_URL} as {path}",
+        f"NO TINY SHAKESPEARE ({reason}): here comes the built-in Pocket Play, on which losses are "
+        f"different; for the real text save {TINY_SHAKESPEARE_URL} as {path}",
         file=sys.stderr,
     )
     return fallback

@@ -68,11 +68,16 @@ def parse_flags(config_class: type, presets: dict[str, Any] | None) -> argparse.
         "--seed", type=SEED, metavar="N", help="another seed, another run (default 1)"
     )
     group.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"the run's folder (default {folder})"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"the run's folder (default {folder}, or {folder}-2 and so on)",
     )
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    either.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    either.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, or with the newest"
+    )
+    either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     add_device_flag(group)
     add_sampling_flags(parser)
     return parser.parse_args()
@@ -151,3 +156,15 @@ def add_sampling_flags(parser: Parser) -> None:
         metavar="N",
         help="draw from the N likeliest characters only (default: from all)",
     )
+
+
+def sampling_words(options: argparse.Namespace) -> list[str]:
+    """The command line's words for those of these flags that are not at their defaults."""
+    words = ["--prompt", options.prompt] if options.prompt else []
+    if options.sample_length != 500:
+        words += ["--sample-length", str(options.sample_length)]
+    if options.temperature != 1.0:
+        words += ["--temperature", str(options.temperature)]
+    if options.top_k is not None:
+        words += ["--top-k", str(options.top_k)]
+    return words

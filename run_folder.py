@@ -82,8 +82,11 @@ def losses_csv(rows: list[dict[str, float]]) -> bytes:
 
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint as plain data; code inside it is refused, never run."""
+    if os.path.isfile(path.parent):
+        raise UserError(f"{path.parent} is a file: name the folder of a run, such as runs/gpt")
     if not os.path.isfile(path):
-        raise UserError(f"{path.parent} holds no trained run: it has no {path.name}")
+        lack = f"it has no {path.name}" if os.path.isdir(path.parent) else "there is no such folder"
+        raise UserError(f"{path.parent} holds no trained run: {lack}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about foreign files, which get their own word below
         try:

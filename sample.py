@@ -81,7 +81,7 @@ def stream_sample(
 ) -> str:
     """Print the prompt and its continuation, character by character; return both."""
     prompt = options.prompt or first_prompt(tokenizer)
-    tokenizer.encode(prompt)  # refuse it before a part of it is printed
+    encode_prompt(tokenizer, prompt)  # refused before a part of it is printed
     text = prompt
     print(prompt, end="")
     for character in generate(
@@ -97,6 +97,13 @@ def stream_sample(
         print(character, end="", flush=True)
     print()
     return text
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    try:
+        return tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from None
 
 
 def first_prompt(tokenizer: Tokenizer) -> str:

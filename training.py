@@ -37,7 +37,7 @@ from common import (
     split,
 )
 from data import pocket_play
-from flags import flag, given_fields, parse_flags
+from flags import flag, given_fields, parse_flags, sampling_words
 from run_folder import (
     CHECKPOINT_FORMAT,
     RUN_FILES,
@@ -51,7 +51,7 @@ from run_folder import (
     saved_config,
     write_whole,
 )
-from sample import stream_sample
+from sample import encode_prompt, stream_sample
 
 MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
 EVALUATION_TOKENS = 8192  # how many characters one forward pass of an evaluation takes
@@ -128,8 +128,8 @@ class Run:
         self.config = replace(saved_config(config_class, self.saved), **given)
         if self.config.max_iters < self.saved["step"]:
             raise UserError(
-                f"the run in {self.folder} is at step {self.saved['step']} already: --max-iters "
-                f"{self.config.max_iters} would have to be more"
+                f"the run in {self.folder} is at step {self.saved['step']} already: "
+                f"--max-iters must be at least that, not {self.config.max_iters}"
             )
         self.seed = self.saved["seed"]
 
@@ -147,7 +147,7 @@ class Run:
                 f"({self.saved['corpus']['path']} as it was then)"
             )
         self.tokenizer = Tokenizer(self.corpus.text)
-        self.tokenizer.encode(self.options.prompt)  # refused now rather than after the training
+        encode_prompt(self.tokenizer, self.options.prompt)  # refused now rather than at the end
         self.config.vocab_size = len(self.tokenizer.vocabulary)
         tokens = torch.tensor(self.tokenizer.encode(self.corpus.text))
         self.training_text, self.validation_text = split(tokens)
@@ -213,7 +213,8 @@ class Run:
         write_whole(self.folder / "config.json", json.dumps(settings, indent=2).encode("utf-8"))
         self.save()
         self.bar.write(f"run folder {self.folder}")
-        self.print_row()
+        if not self.saved:
+            self.print_row()
 
     def rehearse(self) -> float:
         """Seconds for a step, from two that leave no trace.
@@ -325,6 +326,8 @@ class Run:
         if python.is_relative_to(Path.cwd()):
             python = python.relative_to(Path.cwd())
         words = [str(python), sys.argv[0], "--resume", "--out", str(folder)]
+        if folder == self.folder:
+            words += sampling_words(self.options)
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
     def save(self) -> None:

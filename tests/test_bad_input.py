@@ -80,8 +80,8 @@ BAD_FLAGS = [
     ("gpt", "--gradient-clip 0", "--gradient-clip"),
     ("gpt", "--preset huge", "invalid choice: 'huge'"),
     ("sample", "", "RUN_FOLDER"),
-    ("sample", "runs/none", "holds no trained run"),
-    ("sample", "text.txt", "holds no trained run"),
+    ("sample", "runs/none", "holds no trained run: there is no such folder"),
+    ("sample", "text.txt", "text.txt is a file: name the folder of a run"),
     ("sample", "x" * 300, "holds no trained run"),
 ]
 

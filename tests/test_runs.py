@@ -105,7 +105,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 def test_ctrl_c_saves_and_says_how_to_go_on(
     number: int, small_run: Callable, tmp_path: Path, text: Path
 ) -> None:
-    flags = [*SMALL, *SMALL_MODEL["gpt"], *LONG, "--data", text]
+    flags = [*SMALL, *SMALL_MODEL["gpt"], *LONG, "--data", text, "--prompt", "Line 7", "--top-k", 5]
     process = start("gpt", *flags, cwd=tmp_path)
     stopped = tmp_path / "runs" / "gpt"
     wait_for_rows(stopped / "losses.csv", 2)
@@ -120,6 +120,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     again = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert f"goes on after step {step}" in again.stdout
+    sample = (stopped / "sample.txt").read_text(encoding="utf-8")
+    assert sample.startswith("Line 7") and len(sample) == len("Line 7") + 20
     assert small_run("gpt", *LONG, "--out", "whole")[0] == 0
     assert losses(stopped) == losses(tmp_path / "whole")
     assert same_state(stopped / "checkpoint.pt", tmp_path / "whole" / "checkpoint.pt")
