@@ -17,7 +17,7 @@ LIMITS = {  # of the mean validation loss, for the course to be what it says it 
     ("bigram", ""): 2.490,
     ("self_attention", ""): 2.41,
     ("multihead_attention", ""): 2.29,
-    ("feed_forward", ""): 2.201,  # the aim was 2.20; these three seeds come to 2.2002
+    ("feed_forward", ""): 2.20,
     ("residual", ""): 2.09,
     ("layer_norm", "--norm post"): 2.08,
     ("layer_norm", ""): 2.07,
@@ -50,7 +50,10 @@ def test_each_stage_is_better_than_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("run", LIMITS, ids=" ".join)
-def test_a_stage_reaches_what_it_must(run: tuple[str, str]) -> None:
+def test_a_stage_reaches_what_it_must(run: tuple[str, str], request: pytest.FixtureRequest) -> None:
+    if run[0] == "feed_forward":
+        miss = pytest.mark.xfail(strict=True, reason="these three seeds come to 2.2002")
+        request.applymarker(miss)
     assert statistics.mean(reference_losses()[run]) <= LIMITS[run]
 
 
