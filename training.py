@@ -67,8 +67,7 @@ class Run:
     """
 
     def __init__(self, config_class: type, presets: dict[str, Any] | None = None) -> None:
-        self.script = Path(inspect.getfile(config_class))
-        self.stage = self.script.stem
+        self.stage = Path(inspect.getfile(config_class)).stem
         self.options = parse_flags(config_class, presets)
         self.folder, self.saved, self.preset = self.options.out, None, ""
         self.step, self.rows, self.seconds = 0, [], 0.0  # rows: those of losses.csv

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -290,16 +291,20 @@ def test_pocket_play_tells_how_far_there_is_to_go(
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_on_a_terminal_every_line_stands_alone(tmp_path: Path, text: Path) -> None:
     """The progress bar must not run into the lines."""
-    pty = pytest.importorskip("pty")
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     mine, theirs = pty.openpty()
+    # Without a size the bar would draw nothing, and nothing could collide with it.
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, ROOT / "gpt.py", *SMALL, *SMALL_MODEL["gpt"], "--data", text]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=one_thread, stdout=theirs, stderr=theirs)
     os.close(theirs)
     received = b""
     with contextlib.suppress(OSError):  # which is how a terminal says that it is over
         while piece := os.read(mine, 65536):
             received += piece
     assert process.wait() == 0
+    assert b"20/20" in received  # the bar was there
     # What stays on the screen of a line is what follows its last carriage return.
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in received.decode().split("\n")]
     for beginning in (
