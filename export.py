@@ -1,0 +1,170 @@
+"""Write a trained run of gpt.py as a GPT-2 that Hugging Face's transformers loads by itself.
+
+    python export.py runs/gpt --out exported
+
+gpt.py has the parts of GPT-2 under plainer names: the weights are renamed and some of them
+transposed, no number changes. The other files describe the model and its characters. In
+transformers a prompt and its continuation together must fit into block_size; sample.py lets the
+window slide instead.
+
+This needs one more package: python -m pip install -r requirements-export.txt
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import Tokenizer, UserError, clear_errors
+from flags import Parser
+from gpt import Config
+from run_folder import read_checkpoint, replace, saved_config
+from sample import rebuild
+
+GPT2_NAMES = {
+    "token_embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "blocks": "transformer.h",
+    "attention_norm": "ln_1",
+    "attention": "attn",
+    "query_key_value": "c_attn",
+    "projection": "c_proj",
+    "feed_forward_norm": "ln_2",
+    "feed_forward": "mlp",
+    "widen": "c_fc",
+    "narrow": "c_proj",
+    "final_norm": "transformer.ln_f",
+    "to_logits": "lm_head",
+}
+
+
+def gpt2_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights under GPT-2's names and in its shapes."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        name = ".".join(GPT2_NAMES.get(part, part) for part in name.split("."))
+        weight = parameter.detach()
+        if name.startswith("transformer.h.") and weight.dim() == 2:
+            weight = weight.T  # GPT-2 keeps the matrices of its blocks as (inputs, outputs)
+        weights[name] = weight.contiguous()
+        if name.endswith("c_attn.weight"):  # GPT-2 adds a bias here, gpt.py does not
+            weights[name.replace("weight", "bias")] = torch.zeros(weight.shape[1])
+    return weights
+
+
+def gpt2_config(config: Config) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_layer": config.n_layer,
+        "n_inner": 4 * config.n_embd,
+        "activation_function": "relu",
+        "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": False,  # the output layer is no copy of the token embedding
+        "bos_token_id": None,  # no character means that a text begins
+        "eos_token_id": None,  # or ends
+        "use_cache": True,
+    }
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Cut a text into characters, look each of them up; to decode, join them with nothing between.
+
+    A character that the vocabulary lacks would become the unknown token; as the vocabulary lacks
+    that too, it is an error instead.
+    """
+    any_character = {"Regex": r"[\s\S]"}  # a dot would leave out the ends of lines
+    cut = {"type": "Split", "pattern": any_character, "behavior": "Isolated", "invert": False}
+    look_up = {"type": "WordLevel", "vocab": tokenizer.number, "unk_token": "<unknown>"}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": cut,
+        "model": look_up,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+    }
+
+
+def tokenizer_config(config: Config) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.block_size,
+        # Otherwise transformers 4 makes token types too, which GPT-2 would add to the embeddings.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write the files into a temporary folder, then rename it: all of them are there, or none."""
+    partial = folder.parent / f"{folder.name}.{os.getpid()}.part"
+    try:
+        taken = any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)
+        if taken:
+            raise UserError(f"{folder} is there already: name another folder with --out")
+        try:
+            partial.mkdir(parents=True)
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
+            if folder.exists():
+                folder.rmdir()  # it is empty; on Windows nothing may be where a folder goes
+            replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+@clear_errors
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="such as runs/gpt")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="a new folder")
+    options = parser.parse_args()
+
+    checkpoint = read_checkpoint(options.folder / "best.pt")
+    if checkpoint["stage"] != "gpt":
+        raise UserError(
+            f"the run in {options.folder} was made by {checkpoint['stage']}.py: "
+            "only gpt.py's runs have GPT-2's parts"
+        )
+    try:
+        from safetensors.torch import save  # here, so that the course needs no such package
+    except ImportError:
+        raise UserError(
+            "the package safetensors is missing: python -m pip install -r requirements-export.txt"
+        ) from None
+    model, tokenizer = rebuild(checkpoint, "cpu")
+    config = saved_config(Config, checkpoint)
+    files = {
+        "model.safetensors": save(gpt2_weights(model), {"format": "pt"}),
+        "config.json": as_json(gpt2_config(config)),
+        "tokenizer.json": as_json(tokenizer_json(tokenizer)),
+        "tokenizer_config.json": as_json(tokenizer_config(config)),
+    }
+    write_folder(options.out, files)
+    print(f"wrote {', '.join(files)} to {options.out}; to load them:")
+    print("from transformers import AutoModelForCausalLM, AutoTokenizer")
+    print(f"model = AutoModelForCausalLM.from_pretrained({str(options.out)!r})")
+    print(f"tokenizer = AutoTokenizer.from_pretrained({str(options.out)!r})")
+
+
+if __name__ == "__main__":
+    main()
