@@ -31,12 +31,14 @@ class UserError(Exception):
 
 @dataclass
 class Corpus:
-    """A text to learn from, and where it came from."""
+    """A text to learn from, as character numbers, and where it came from."""
 
     name: str
     path: str
     sha256: str
-    text: str
+    vocabulary: str  # a character's number is its place in here
+    training: Tensor
+    validation: Tensor
 
 
 def load_corpus(path: Path | None = None) -> Corpus:
@@ -56,7 +58,10 @@ def load_corpus(path: Path | None = None) -> Corpus:
         raise UserError(f"the text {path} is empty")
     if len(set(text)) == 1:
         raise UserError(f"{path} repeats one character, {text[0]!r}: there is nothing to learn")
-    return Corpus(path.stem, str(path), hashlib.sha256(content).hexdigest(), text)
+    tokenizer = Tokenizer(text)
+    training, validation = split(torch.tensor(tokenizer.encode(text)))
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Corpus(path.stem, str(path), sha256, tokenizer.vocabulary, training, validation)
 
 
 def default_corpus() -> Path:
@@ -140,7 +145,7 @@ def draw_batch(
     """Random pieces of the text, and the same pieces one character later as their targets."""
     windows = tokens.unfold(0, block_size + 1, 1)  # every piece there is: a view, not a copy
     starts = torch.randint(len(windows), (batch_size,), generator=generator)
-    pieces = windows[starts]  # (B, T+1)
+    pieces = windows[starts].long()  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]  # (B, T) both
 
 
@@ -169,13 +174,21 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
+            if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes one says it
+                sys.exit(2)
             message = str(error)
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                message = (
+                    "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
+                )
+            elif is_lost_process(error):
+                message = (
+                    "another process of this run has ended, so this one stops too; the same "
+                    "command with --resume goes on from the last checkpoint"
+                )
+            else:
                 raise
-            message = (
-                "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
-            )
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -187,6 +200,12 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
         sys.exit(2)
 
     return wrapper
+
+
+def is_lost_process(error: Exception) -> bool:
+    """What PyTorch says when processes train together and one of them is gone."""
+    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl")
+    return "WORLD_SIZE" in os.environ and any(word in str(error).lower() for word in words)
 
 
 def is_out_of_memory(error: Exception) -> bool:

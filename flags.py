@@ -63,7 +63,12 @@ def parse_flags(config_class: type, presets: dict[str, Any] | None) -> argparse.
     add_config_flags(parser, config_class, presets)
     group = parser.add_argument_group("the run")
     folder = f"runs/{Path(module.__file__).stem}"
-    group.add_argument("--data", type=Path, metavar="FILE", help="a UTF-8 text to learn from")
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="a UTF-8 text to learn from, or a folder that prepare.py made",
+    )
     group.add_argument(
         "--seed", type=SEED, metavar="N", help="another seed, another run (default 1)"
     )
@@ -78,6 +83,17 @@ def parse_flags(config_class: type, presets: dict[str, Any] | None) -> argparse.
         "--resume", action="store_true", help="go on with the run in --out, or with the newest"
     )
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    group.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="RUN_FOLDER",
+        help="start from the best weights of another run, with its settings",
+    )
+    group.add_argument(
+        "--extend-vocabulary",
+        action="store_true",
+        help="with --init-from: add the characters that are new in this text",
+    )
     add_device_flag(group)
     add_sampling_flags(parser)
     return parser.parse_args()
@@ -98,7 +114,7 @@ def add_config_flags(parser: Parser, config_class: type, presets: dict[str, Any]
         if field.name == "vocab_size":  # the text decides
             continue
         kind = types[field.name]
-        if kind is bool:
+        if kind in (bool, bool | None):
             how = {"action": argparse.BooleanOptionalAction}
         elif kind in FIELD_TYPES:
             how = {"type": SPECIAL_FIELDS.get(field.name, FIELD_TYPES[kind]), "metavar": "N"}
@@ -106,7 +122,11 @@ def add_config_flags(parser: Parser, config_class: type, presets: dict[str, Any]
             how = {"choices": typing.get_args(kind)}
         default = field.default
         if presets:
-            default = ", ".join(f"{name} {getattr(presets[name], field.name)}" for name in presets)
+            values = {name: getattr(preset, field.name) for name, preset in presets.items()}
+            if len(set(values.values())) > 1:
+                default = ", ".join(f"{name} {value}" for name, value in values.items())
+        if default is None:
+            default = "what suits the machine"
         group.add_argument(
             flag(field.name),
             default=argparse.SUPPRESS,

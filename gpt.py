@@ -11,8 +11,9 @@ Why it helps: the lower loss comes from more width, depth and context; these mak
     python gpt.py --preset full     10.8 million parameters, for a graphics card
 
 Since layer_norm.py
-    new: Config.dropout, Config.warmup_iters, Config.weight_decay, Config.gradient_clip, PRESETS,
-        Model.initialize, make_optimizer, learning_rate_at
+    new: Config.dropout, Config.grad_accumulation, Config.warmup_iters, Config.weight_decay,
+        Config.gradient_clip, Config.precision, Config.fused, Config.compile, PRESETS, Dropout,
+        Cache, Model.initialize, Model.new_caches, make_optimizer, learning_rate_at
     changed: Config.block_size, Config.n_embd, Config.n_head, Config.n_layer, Config.batch_size,
         Config.eval_interval, BatchedMultiHeadAttention.__init__,
         BatchedMultiHeadAttention.forward, Block.__init__, Block.forward, Model.__init__,
@@ -22,6 +23,7 @@ Since layer_norm.py
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +42,16 @@ class Config:
     n_layer: int = 6  # how many blocks are stacked
     dropout: float = 0.2  # which share of the numbers is silenced at random while training
     batch_size: int = 64  # B: how many such blocks it learns from in one step
+    grad_accumulation: int = 1  # in how many portions at least, for want of memory, it takes them
     max_iters: int = 5000  # how many steps it learns for
     eval_interval: int = 250  # how many steps pass between two evaluations
     learning_rate: float = 1e-3  # how far a step moves the weights
     warmup_iters: int = 100  # how many steps the learning rate takes to rise to that
     weight_decay: float = 0.1  # how strongly the matrices are drawn towards zero
     gradient_clip: float = 1.0  # how long the gradient may be
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # numbers in products
+    fused: bool | None = None  # attention in one call of PyTorch's
+    compile: bool | None = None  # let PyTorch compile the model before the training
 
 
 PRESETS = {
@@ -63,27 +69,72 @@ PRESETS = {
 }
 
 
+class Dropout(nn.Dropout):
+    """Silences a share of the numbers at random while training, and scales up the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
+        # Here drawing numbers is slow, so each, of 64 bits, is cut into four of 16.
+        draws = (
+            torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+            .random_(-(2**63), None)
+            .view(torch.int16)[: x.numel()]
+            .view(x.shape)
+        )
+        keep = draws >= round(2**16 * self.p) - 2**15
+        return x * keep.to(x.dtype).div_(1 - self.p)
+
+
+class Cache:
+    """The keys and values of the characters so far: sampling need not compute them again."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.pair: Tensor | None = None
+
+    def extend(self, pair: Tensor) -> Tensor:
+        self.pair = pair if self.pair is None else torch.cat((self.pair, pair), dim=3)
+        self.length = self.pair.shape[3]
+        return self.pair
+
+
 class BatchedMultiHeadAttention(nn.Module):
     """All heads of causal self-attention at once: they are a dimension, like the batch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout
         self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.projection = nn.Linear(config.n_embd, config.n_embd)
+        # What may not be seen is -inf: added to the scores, it costs a pass less than masked_fill.
+        mask = torch.full((config.block_size, config.block_size), float("-inf")).triu(1)  # (T, T)
+        self.register_buffer("causal_mask", mask, persistent=False)
+        self.dropout = Dropout(config.dropout)
+        self.fused = config.fused
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         B, T, C = x.shape
         H = self.n_head
         x = self.query_key_value(x)  # (B, T, 3*C)
         # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
         x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         query, key, value = x  # (B, H, T, D) each
-        # Scores, mask, softmax and sum in one call, which need not store the (T, T) weights.
-        x = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )  # (B, H, T, D)
+        if cache is not None:
+            key, value = cache.extend(x[1:])  # (B, H, S, D) both
+        S = key.shape[2]  # these T characters, and those in the cache
+        mask = self.causal_mask[S - T : S, :S].to(query.dtype)  # (T, S)
+        # PyTorch's own call does the same without storing the weights. A graphics card is faster
+        # that way, a processor without it.
+        if self.fused or (self.fused is None and x.device.type != "cpu"):
+            p = self.dropout.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(
+                query, key, value, None if S == T else mask, p, is_causal=S == T
+            )  # (B, H, T, D)
+        else:
+            scores = query * key.shape[-1] ** -0.5 @ key.transpose(2, 3) + mask  # (B, H, T, S)
+            weights = self.dropout(F.softmax(scores, dim=-1))  # shares of 1, some silenced
+            x = weights @ value  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.projection(x)
 
@@ -110,10 +161,10 @@ class Block(nn.Module):
         self.attention = BatchedMultiHeadAttention(config)
         self.feed_forward_norm = nn.LayerNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x
 
@@ -126,10 +177,10 @@ class Model(nn.Module):
         self.block_size = config.block_size
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.Sequential(*[Block(config) for _ in range(config.n_layer)])
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.final_norm = nn.LayerNorm(config.n_embd)
         self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.initialize(config.n_layer)
 
     def initialize(self, n_layer: int) -> None:
@@ -142,17 +193,25 @@ class Model(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, caches: list[Cache] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
-        positions = torch.arange(T, device=idx.device)  # (T)
+        first = caches[0].length if caches else 0  # the position of the first character
+        positions = torch.arange(first, first + T, device=idx.device)  # (T)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
-        x = self.blocks(self.dropout(x))
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, caches[i] if caches else None)
         logits = self.to_logits(self.final_norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
         # Each position is an example of its own: B * T rows of logits, B * T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
+
+    def new_caches(self) -> list[Cache]:
+        return [Cache() for _ in self.blocks]
 
 
 def learning_rate_at(step: int, config: Config) -> float:
@@ -179,16 +238,21 @@ def main() -> None:
     run = Run(Config, PRESETS)
     model = Model(run.config).to(run.device)
     optimizer = make_optimizer(model, run.config)
-    # idx: characters of the text, by number; targets: for each of them, the one that follows
-    for idx, targets in run.batches(model, optimizer):
+    network = run.accelerate(model)  # the same weights, as fast as this machine can
+    for batch in run.batches(model, optimizer):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, run.config)
-        logits, loss = model(idx, targets)
         optimizer.zero_grad()
-        loss.backward()
+        # idx: characters of the text, by number; targets: for each of them, the one that follows
+        for idx, targets in run.portions(batch):
+            with run.autocast():
+                logits, loss = network(idx, targets)
+            run.scaler.scale(loss / run.portion_count).backward()
+            run.log(loss)
+        run.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), run.config.gradient_clip)
-        optimizer.step()
-        run.log(loss)
+        run.scaler.step(optimizer)
+        run.scaler.update()
     run.finish()
 
 

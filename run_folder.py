@@ -114,6 +114,29 @@ def load_weights(model: nn.Module, checkpoint: dict) -> None:
         raise changed_since(checkpoint) from None
 
 
+def adopt_weights(model: nn.Module, checkpoint: dict, vocabulary: str) -> None:
+    """Start from another run's weights; a character that it did not know keeps its fresh ones."""
+    old = checkpoint["vocabulary"]
+    places = torch.tensor([vocabulary.index(character) for character in old])
+    weights = model.state_dict()
+    for name, weight in checkpoint["model"].items():
+        if name not in weights or weight.dim() != weights[name].dim():
+            raise changed_since(checkpoint)
+        index = []  # which rows, which columns of the new weight are these
+        for size, old_size in zip(weights[name].shape, weight.shape, strict=True):
+            if (size, old_size) == (len(vocabulary), len(old)):
+                index.append(places)
+            elif size == old_size:
+                index.append(torch.arange(size))
+            else:
+                raise UserError(
+                    f"the weights {name} of that run have another shape, {tuple(weight.shape)} and "
+                    f"not {tuple(weights[name].shape)}: leave the flags for sizes away"
+                )
+        weights[name][torch.meshgrid(*index, indexing="ij")] = weight.to(weights[name].device)
+    load_weights(model, checkpoint | {"model": weights})
+
+
 def changed_since(checkpoint: dict) -> UserError:
     return UserError(
         f"{checkpoint['stage']}.py has changed since this run, which no longer fits it"

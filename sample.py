@@ -28,17 +28,27 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 1,
+    cached: bool = True,
 ) -> Iterator[str]:
-    """Yield `length` characters that continue the prompt, each as soon as it is drawn."""
+    """Yield `length` characters that continue the prompt, each as soon as it is drawn.
+
+    A model that offers caches sees each character once; `cached=False` gives the same text slowly.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    numbers = tokenizer.encode(prompt or first_prompt(tokenizer))
+    numbers = tokenizer.encode(prompt or first_prompt(tokenizer))[-model.block_size :]
+    cached = cached and hasattr(model, "new_caches")
+    seen = 0  # how many of these numbers the caches hold
     model.eval()
     for _ in range(length):
-        numbers = numbers[-model.block_size :]  # all that the model can see
-        idx = torch.tensor([numbers], device=device)  # (1, T)
+        if len(numbers) > model.block_size:  # more than the model can see: go on from half of it
+            numbers, seen = numbers[-max(1, model.block_size // 2) :], 0
+        if cached and seen == 0:
+            caches = model.new_caches()
+        idx = torch.tensor([numbers[seen:]], device=device)  # (1, T)
         with torch.inference_mode():
-            logits, _ = model(idx)  # (1, T, V)
+            logits, _ = model(idx, caches=caches) if cached else model(idx)  # (1, T, V)
+        seen = len(numbers) if cached else 0
         numbers.append(choose(logits[0, -1].cpu(), temperature, top_k, generator))
         yield tokenizer.decode(numbers[-1:])
 
@@ -64,7 +74,16 @@ def rebuild(checkpoint: dict, device: str = "auto") -> tuple[nn.Module, Tokenize
     stage = stage_module(checkpoint["stage"])
     model = stage.Model(saved_config(stage.Config, checkpoint))
     load_weights(model, checkpoint)
-    return model.to(pick_device(device)).eval(), Tokenizer(checkpoint["vocabulary"])
+    model = model.to(pick_device(device)).eval()
+    store_by_columns(model)
+    return model, Tokenizer(checkpoint["vocabulary"])
+
+
+def store_by_columns(model: nn.Module) -> None:
+    """The same matrices in another order: a processor multiplies one row with them faster so."""
+    for part in model.modules():
+        if isinstance(part, nn.Linear) and part.weight.device.type == "cpu":
+            part.weight.data = part.weight.data.t().contiguous().t()
 
 
 def stage_module(name: str) -> ModuleType:

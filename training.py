@@ -5,6 +5,7 @@ A stage's `main` makes a `Run`, iterates over its batches and does the learning 
 
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,8 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import machine
+import processes
 from common import (
     DATA,
     TINY_SHAKESPEARE_SHA256,
@@ -32,15 +36,17 @@ from common import (
     Tokenizer,
     UserError,
     draw_batch,
+    is_out_of_memory,
     load_corpus,
     pick_device,
-    split,
 )
 from data import pocket_play
 from flags import flag, given_fields, parse_flags, sampling_words
+from prepare import open_prepared
 from run_folder import (
     CHECKPOINT_FORMAT,
     RUN_FILES,
+    adopt_weights,
     changed_since,
     holds_run,
     load_weights,
@@ -51,11 +57,15 @@ from run_folder import (
     saved_config,
     write_whole,
 )
-from sample import encode_prompt, stream_sample
+from sample import encode_prompt, store_by_columns, stream_sample
 
-MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
+MAY_CHANGE_ON_RESUME = (
+    *("max_iters", "eval_interval"),
+    *("grad_accumulation", "precision", "fused", "compile"),  # how it computes, not what
+)
 EVALUATION_TOKENS = 8192  # how many characters one forward pass of an evaluation takes
 SECONDS_BETWEEN_SAVES = 300
+STEPS_BETWEEN_LOOKS = 20  # at the losses: each look makes a graphics card wait
 SMALL_STEP = 2**16  # up to so many numbers in (B, T, C), threads wait more than they help
 
 
@@ -63,23 +73,27 @@ class Run:
     """One training run, from its flags to its sample.
 
     `config`, `device` and `step` are for the script to read. `batches` carries the training,
-    `log` takes the loss of each batch, `finish` prints the result and a sample.
+    `log` takes the loss of each batch, `finish` prints the result and a sample. For a large model
+    `accelerate` finds the fastest way, and the script learns in `portions`, under `autocast`.
     """
 
     def __init__(self, config_class: type, presets: dict[str, Any] | None = None) -> None:
         self.stage = Path(inspect.getfile(config_class)).stem
         self.options = parse_flags(config_class, presets)
-        self.folder, self.saved, self.preset = self.options.out, None, ""
+        processes.meet()
+        self.folder, self.saved, self.source, self.preset = self.options.out, None, None, ""
         self.step, self.rows, self.seconds = 0, [], 0.0  # rows: those of losses.csv
         self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row
+        self.pending = []  # losses that are not yet in this sum
+        self.computing, self.computed_steps = 0.0, 0  # seconds and steps between evaluations
         if self.options.resume:
-            self.folder = self.folder or newest_run(self.stage)
-            self.saved = read_checkpoint(self.folder / "checkpoint.pt")
+            self.saved = processes.first_does(self.read_saved)
             self.device = pick_device(self.options.device or self.saved["device"])
             self.resume_config(config_class)
         else:
             self.device = pick_device(self.options.device or "auto")
             self.choose_config(config_class, presets)
+        self.device = processes.own_device(self.device)
         n_head = getattr(self.config, "n_head", 1)
         if n_head > 1 and self.config.n_embd % n_head:
             raise UserError(
@@ -87,27 +101,46 @@ class Run:
                 "take a multiple of it"
             )
         self.load_text()
-        step_size = self.config.batch_size * self.config.block_size
-        step_size *= getattr(self.config, "n_embd", 1)
-        self.all_threads = torch.get_num_threads()
-        self.step_threads = 1 if step_size <= SMALL_STEP else self.all_threads
+        self.plan_steps()
         torch.manual_seed(self.seed)  # the weights and the dropout draw from this,
         self.generator = torch.Generator().manual_seed(self.seed)  # the batches from their own
 
+    def read_saved(self) -> dict[str, Any]:
+        self.folder = self.folder or newest_run(self.stage)
+        return read_checkpoint(self.folder / "checkpoint.pt")
+
     def choose_config(self, config_class: type, presets: dict[str, Any] | None) -> None:
+        processes.first_does(self.refuse_to_replace)
+        if self.options.init_from:
+            self.take_source(config_class)
+        elif presets:
+            preset = self.options.preset or ("small" if self.device.type == "cpu" else "full")
+            chosen = "" if self.options.preset else f", chosen for {self.device.type}"
+            self.preset = f"preset {preset}{chosen}"
+            self.config = presets[preset]
+        else:
+            self.config = config_class()
+        self.config = replace(self.config, **given_fields(self.options, config_class))
+        self.seed = 1 if self.options.seed is None else self.options.seed
+
+    def refuse_to_replace(self) -> None:
         if self.folder and holds_run(self.folder) and not self.options.overwrite:
             raise UserError(
                 f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
                 "replaces it, another --out keeps both"
             )
-        config = config_class()
-        if presets:
-            preset = self.options.preset or ("small" if self.device.type == "cpu" else "full")
-            chosen = "" if self.options.preset else f", chosen for {self.device.type}"
-            self.preset = f"preset {preset}{chosen}"
-            config = presets[preset]
-        self.config = replace(config, **given_fields(self.options, config_class))
-        self.seed = 1 if self.options.seed is None else self.options.seed
+
+    def take_source(self, config_class: type) -> None:
+        """The settings of the run whose weights this one starts from; the flags may differ."""
+        folder = self.options.init_from
+        self.source = processes.first_does(lambda: read_checkpoint(folder / "best.pt"))
+        if self.source["stage"] != self.stage:
+            raise UserError(f"the run in {folder} was made by {self.source['stage']}.py")
+        if getattr(self.options, "preset", None):
+            raise UserError(f"--preset is for a fresh model: this one has the sizes of {folder}")
+        if self.folder and self.folder.resolve() == folder.resolve():
+            raise UserError(f"--out {self.folder} is the run to start from: name another folder")
+        self.config = saved_config(config_class, self.source)
 
     def resume_config(self, config_class: type) -> None:
         """The saved run's config and seed; only the length of the training may change."""
@@ -115,6 +148,8 @@ class Run:
             raise UserError(f"the run in {self.folder} was made by {self.saved['stage']}.py")
         if getattr(self.options, "preset", None):
             raise UserError("--preset is for a new run: --resume keeps the sizes of the old one")
+        if self.options.init_from:
+            raise UserError("--init-from is for a new run: --resume goes on with an old one")
         given = given_fields(self.options, config_class)
         saved = self.saved["config"] | {"seed": self.saved["seed"]}
         asked = given if self.options.seed is None else given | {"seed": self.options.seed}
@@ -133,148 +168,322 @@ class Run:
         self.seed = self.saved["seed"]
 
     def load_text(self) -> None:
-        """The corpus as character numbers, in its two parts, and the tokenizer that made them."""
+        """The corpus in its two parts, and the tokenizer that the model reads it with."""
         path = self.options.data
         if self.saved and path is None:
             path = Path(self.saved["corpus"]["path"])
             if self.saved["corpus"]["sha256"] == TINY_SHAKESPEARE_SHA256:
                 path = None  # wherever it lay then, it can be had here
-        self.corpus = load_corpus(path)
+        self.corpus = open_prepared(path) if path and path.is_dir() else load_corpus(path)
         if self.saved and self.corpus.sha256 != self.saved["corpus"]["sha256"]:
             raise UserError(
                 f"{self.corpus.path} is not the text that the run in {self.folder} learns from "
                 f"({self.saved['corpus']['path']} as it was then)"
             )
-        self.tokenizer = Tokenizer(self.corpus.text)
+        if self.corpus.sha256 != processes.of_the_first(self.corpus.sha256):
+            raise UserError(f"{self.corpus.path} is another text than the first process has")
+        self.tokenizer = Tokenizer(self.choose_vocabulary())
         encode_prompt(self.tokenizer, self.options.prompt)  # refused now rather than at the end
         self.config.vocab_size = len(self.tokenizer.vocabulary)
-        tokens = torch.tensor(self.tokenizer.encode(self.corpus.text))
-        self.training_text, self.validation_text = split(tokens)
-        shorter = min(len(self.training_text), len(self.validation_text))
+        self.renumber = None  # from the corpus's numbers to the model's, where they differ
+        if self.tokenizer.vocabulary != self.corpus.vocabulary:
+            self.renumber = torch.tensor(self.tokenizer.encode(self.corpus.vocabulary))
+        shorter = min(len(self.corpus.training), len(self.corpus.validation))
         if shorter <= self.config.block_size:
             raise UserError(
                 f"{self.corpus.path} is too short: a split of it has {shorter} characters, and "
                 f"--block-size {self.config.block_size} needs at least one more than itself"
             )
 
+    def choose_vocabulary(self) -> str:
+        """The text's own characters; with weights to start from, those that they know."""
+        if self.saved:
+            return self.saved["vocabulary"]
+        if not self.source:
+            return self.corpus.vocabulary
+        known = self.source["vocabulary"]
+        unknown = "".join(sorted(set(self.corpus.vocabulary) - set(known)))
+        if unknown and not self.options.extend_vocabulary:
+            raise UserError(
+                f"the run in {self.options.init_from} does not know {len(unknown)} of the "
+                f"characters in {self.corpus.path}: {unknown!r}; --extend-vocabulary adds them"
+            )
+        return known + unknown
+
+    def plan_steps(self) -> None:
+        """How a step is shared out: among processes, into portions, among threads."""
+        B, processors = self.config.batch_size, processes.COUNT
+        if processors > 1 and not hasattr(self.config, "grad_accumulation"):
+            raise UserError(f"{self.stage}.py trains in one process: only gpt.py shares its work")
+        at_least = getattr(self.config, "grad_accumulation", 1)
+        if B % (processors * at_least):
+            raise UserError(
+                f"--batch-size {B} cannot be shared out evenly among {processors} "
+                f"processes, each with --grad-accumulation {at_least}: take a multiple of "
+                f"{processors * at_least}"
+            )
+        row = self.config.block_size * getattr(self.config, "n_embd", 1)
+        self.portion_count = at_least
+        if hasattr(self.config, "grad_accumulation"):
+            self.portion_count = machine.portions_for(self.device, B // processors, row, at_least)
+        self.all_threads = torch.get_num_threads()
+        self.step_threads = 1 if B * row <= SMALL_STEP else self.all_threads
+        self.number_format, self.compiled = torch.float32, False
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.network = None
+        self.top_speed = self.operations = 0.0  # per second, and per step; 0: not measured
+
+    def accelerate(self, model: nn.Module) -> nn.Module:
+        """The same weights as fast as it gets here: number format, compiled, in all processes."""
+        self.model = self.network = model
+        name = self.config.precision
+        if name == "auto" and self.saved and self.saved["device"] == self.device.type:
+            name = self.saved["number_format"]  # or the numbers would not go on as they were
+        if name == "auto":
+            self.number_format = processes.first_does(
+                lambda: machine.pick_number_format(self.device)
+            )
+        else:
+            self.number_format = machine.FORMATS[name]
+        if self.number_format == torch.float16 and self.device.type != "cuda":
+            raise UserError("--precision float16 needs a CUDA graphics card: take bfloat16")
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.number_format == torch.float16
+        )
+        [self.top_speed] = machine.product_speeds(self.device, self.number_format)
+        self.operations = self.count_operations(model)
+        network = model
+        if self.config.compile or (self.config.compile is None and self.device.type == "cuda"):
+            network = self.compile(model)
+        if processes.COUNT > 1:
+            network = DistributedDataParallel(network)
+        self.network = network
+        return network
+
+    def compile(self, model: nn.Module) -> nn.Module:
+        compiled = torch.compile(model)
+        try:
+            self.rehearse(compiled)
+        except Exception as error:  # of whatever kind: compilers fail in many ways
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            if processes.FIRST:
+                print(f"torch.compile fails here, so this run goes without it: {reason[:150]}")
+            return model
+        self.compiled = True
+        return compiled
+
+    def autocast(self) -> AbstractContextManager:
+        """Inside, matrix products take their numbers in the run's format."""
+        if self.number_format == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.number_format)
+
     def batches(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches to learn from; in between evaluate, log, save, and heed Ctrl-C."""
         self.model, self.optimizer = model, optimizer
+        if self.network is None:
+            self.network = model
         few = threads(self.step_threads)
         with few, interrupts() as interrupted, self.progress_bar() as self.bar:
             self.begin()
             while self.step < self.config.max_iters:
                 yield self.draw(self.generator)
                 self.step += 1
+                self.computed_steps += 1
                 self.bar.update()
-                if self.step % self.config.eval_interval == 0 or self.step == self.config.max_iters:
+                at_end = self.step == self.config.max_iters
+                save_now = time.perf_counter() - self.saved_at > SECONDS_BETWEEN_SAVES
+                stop, save_now = processes.any_of(bool(interrupted), save_now)
+                if self.step % STEPS_BETWEEN_LOOKS == 0:
+                    self.look_at_losses()
+                if self.step % self.config.eval_interval == 0 or at_end:
                     self.evaluate()
                     self.save()
                     self.print_row()
-                elif interrupted or time.perf_counter() - self.saved_at > SECONDS_BETWEEN_SAVES:
+                elif stop or save_now:
                     self.save()
-                if interrupted and self.step < self.config.max_iters:
+                if stop and not at_end:
                     self.bar.close()
-                    print(
-                        f"stopped at step {self.step}; to go on: {self.resume_command(self.folder)}"
-                    )
+                    if processes.FIRST:
+                        command = self.resume_command(self.folder)
+                        print(f"stopped at step {self.step}; to go on: {command}")
                     raise SystemExit(130)
+
+    def portions(self, batch: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a batch in equal portions, so that memory or a processor's cache can hold each."""
+        parts = list(zip(*(half.chunk(self.portion_count) for half in batch), strict=True))
+        for part in parts:
+            if isinstance(self.network, DistributedDataParallel):  # they add up the gradients once
+                self.network.require_backward_grad_sync = part is parts[-1]
+            yield part
 
     def begin(self) -> None:
         """Take up the saved run where it stood, or open a folder for a new one."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.bar.write(
-            f"{self.stage}: {parameters:,} parameters on {self.device.type}, text "
-            f"{self.corpus.name} of {len(self.corpus.text):,} characters "
-            f"({self.config.vocab_size} different)"
+        length = len(self.corpus.training) + len(self.corpus.validation)
+        company = f" in {processes.COUNT} processes" if processes.COUNT > 1 else ""
+        self.say(
+            f"{self.stage}: {parameters:,} parameters on {self.device.type}{company}, text "
+            f"{self.corpus.name} of {length:,} characters ({self.config.vocab_size} different)"
         )
         if self.saved:
             self.restore()
-        else:
-            in_all = duration(self.rehearse() * self.config.max_iters)
-            if self.preset:
-                self.bar.write(f"{self.preset}: about {in_all}")
+        elif self.source:
+            adopt_weights(self.model, self.source, self.tokenizer.vocabulary)
+            self.say(f"starts from the weights of {self.options.init_from}")
+        self.rehearse(self.network)  # warms up
+        seconds_a_step = self.rehearse(self.network)
+        if self.preset:
+            self.say(f"{self.preset}: about {duration(seconds_a_step * self.config.max_iters)}")
+        if processes.RANK:
+            torch.manual_seed(self.seed + processes.RANK + self.step)  # its own dropout
         self.started = time.perf_counter() - self.seconds
         if not self.saved:
             self.evaluate()
-            self.claim_folder()
+            self.folder = processes.first_does(self.claim_folder)
         settings = {
             "stage": self.stage,
             "config": asdict(self.config),
             "seed": self.seed,
             "device": self.device.type,
+            "number_format": str(self.number_format).removeprefix("torch."),
+            "compiled": self.compiled,
+            "processes": processes.COUNT,
             "corpus": corpus_record(self.corpus),
+            "init_from": str(self.options.init_from or ""),
             "parameters": parameters,
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
-        write_whole(self.folder / "config.json", json.dumps(settings, indent=2).encode("utf-8"))
+        content = json.dumps(settings, indent=2).encode("utf-8")
+        processes.first_does(lambda: write_whole(self.folder / "config.json", content))
         self.save()
-        self.bar.write(f"run folder {self.folder}")
+        self.say(f"run folder {self.folder}")
         if not self.saved:
             self.print_row()
+        self.marked_at = time.perf_counter()
 
-    def rehearse(self) -> float:
-        """Seconds for a step, from two that leave no trace.
+    def rehearse(self, network: nn.Module) -> float:
+        """Seconds for a step, from one portion that leaves no trace.
 
-        If memory is too short for a step, this fails before any file has been touched.
+        If memory is too short for it, this fails before any file has been touched.
         """
+        with self.without_trace():
+            began = time.perf_counter()
+            for idx, targets in itertools.islice(self.portions(self.draw(torch.Generator())), 1):
+                with self.autocast():
+                    _, loss = network(idx, targets)
+                loss.backward()
+            machine.wait_for(self.device)
+            return (time.perf_counter() - began) * self.portion_count
+
+    def count_operations(self, model: nn.Module) -> float:
+        """Floating-point operations of a step's matrix products, counted on one row."""
+        row = torch.zeros(1, self.config.block_size, dtype=torch.long, device=self.device)
+        with self.without_trace():
+            return float(machine.operations(model, row)) * self.config.batch_size
+
+    @contextmanager
+    def without_trace(self) -> Iterator[None]:
+        """What is drawn and learnt inside is forgotten."""
         random = random_module(self.device)
         state = random.get_rng_state()
-        for _ in range(2):  # the first one warms up
-            began = time.perf_counter()
-            _, loss = self.model(*self.draw(torch.Generator()))
-            loss.backward()
-            loss.item()  # waits until a graphics card is done
-            seconds = time.perf_counter() - began
-            self.optimizer.zero_grad()
+        yield
         random.set_rng_state(state)
-        return seconds
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """This process's rows of the next batch; which they are does not depend on the number."""
         config = self.config
-        idx, targets = draw_batch(
-            self.training_text, config.block_size, config.batch_size, generator
-        )
-        return idx.to(self.device), targets.to(self.device)
+        batch = draw_batch(self.corpus.training, config.block_size, config.batch_size, generator)
+        return tuple(self.to_device(processes.mine(half)) for half in batch)
+
+    def to_device(self, numbers: Tensor) -> Tensor:
+        numbers = number_as(self.renumber, numbers)
+        if self.device.type == "cuda":  # from pinned memory it is copied while the card computes
+            return numbers.pin_memory().to(self.device, non_blocking=True)
+        return numbers.to(self.device)
 
     def log(self, loss: Tensor) -> None:
-        """Count a batch's loss towards the next row; show it in the progress bar."""
-        self.loss_sum += loss.detach()
-        self.loss_count += 1
-        if not self.bar.disable and self.step % 20 == 0:
-            self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        """Count a batch's loss, or a portion's, towards the next row."""
+        self.pending.append(loss.detach())
+
+    def look_at_losses(self) -> None:
+        """Add up the losses since the last look; a graphics card is waited for only here."""
+        if not self.pending:
+            return
+        losses = processes.total(torch.stack(self.pending).cpu() / processes.COUNT).tolist()
+        self.pending = []
+        now = time.perf_counter()
+        self.computing += now - self.marked_at
+        self.marked_at = now
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                after = (len(losses) - 1 - i) // self.portion_count
+                raise self.diverged(f"the loss became {loss} at step {self.step - after}")
+            self.loss_sum += loss
+            self.loss_count += 1
+        self.bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+
+    def diverged(self, what: str) -> UserError:
+        advice = "try a smaller --learning-rate"
+        if self.number_format != torch.float32:
+            advice += ", or --precision float32"
+        if self.rows:
+            best = min(self.rows, key=validation_loss)
+            advice += (
+                f"; {self.folder} keeps step {self.saved_step} in checkpoint.pt and step "
+                f"{best['step']} in best.pt"
+            )
+        return UserError(f"{what}: {advice}")
 
     def finish(self) -> None:
         """Say how far the run came, and let its best state write a text."""
+        processes.leave()
+        if not processes.FIRST:
+            return
         best = min(self.rows, key=validation_loss)
         print(
             f"best validation loss {best['val_loss']:.4f}, which is "
             f"{best['val_loss'] / math.log(2):.3f} bits per character, "
             f"at step {best['step']} after {best['seconds']:.1f} s"
         )
+        if self.operations and self.computed_steps:
+            self.print_speed()
         if Path(self.corpus.path).resolve() == DATA / "pocket_play.txt":
             bound = pocket_play.entropy_per_character()
             print(f"the entropy of Pocket Play, below which no model gets on average: {bound:.4f}")
         load_weights(self.model, read_checkpoint(self.folder / "best.pt"))
+        store_by_columns(self.model)
         text = stream_sample(self.model, self.tokenizer, self.options, self.seed)
         write_whole(self.folder / "sample.txt", text.encode("utf-8"))
 
+    def print_speed(self) -> None:
+        step = self.computing / self.computed_steps
+        tokens = self.config.batch_size * self.config.block_size / step
+        speed, top = self.operations / step, self.top_speed * processes.COUNT
+        name = str(self.number_format).removeprefix("torch.")
+        print(
+            f"{1000 * step:,.1f} ms a step, {tokens:,.0f} characters a second, {speed / 1e9:,.0f} "
+            f"GFLOP/s: {speed / top:.0%} of what a large {name} product reaches here"
+        )
+
     def evaluate(self) -> None:
         """Add a row to the log."""
-        with threads(self.all_threads):
-            val_loss = exact_loss(self.model, self.validation_text)
+        self.look_at_losses()
+        with threads(self.all_threads), self.autocast():
+            val_loss = exact_loss(self.model, self.corpus.validation, self.renumber)
             if self.loss_count:
-                train_loss = float(self.loss_sum) / self.loss_count
+                train_loss = self.loss_sum / self.loss_count
             else:  # before the first batch: as much of the text as there is to validate with
-                first_part = self.training_text[: len(self.validation_text)]
-                train_loss = exact_loss(self.model, first_part)
+                first_part = self.corpus.training[: len(self.corpus.validation)]
+                train_loss = exact_loss(self.model, first_part, self.renumber)
         if not math.isfinite(val_loss):
-            raise UserError(
-                f"the validation loss became {val_loss} by step {self.step}: try a smaller "
-                f"--learning-rate; {self.folder} keeps the run as it last was"
-            )
+            raise self.diverged(f"the validation loss became {val_loss} by step {self.step}")
         self.rows.append(
             {
                 "step": self.step,
@@ -289,17 +498,23 @@ class Run:
 
     def print_row(self) -> None:
         row = self.rows[-1]
-        self.bar.write(
+        self.say(
             f"step {row['step']:5}   train {row['train_loss']:.4f}   "
             f"validation {row['val_loss']:.4f}   {row['seconds']:7.1f} s"
         )
 
+    def say(self, line: str) -> None:
+        """Print without running into the progress bar."""
+        if processes.FIRST:
+            self.bar.write(line)
+
     def progress_bar(self) -> tqdm:
         """Nothing where the output is not a terminal but, say, a file."""
         step = self.saved["step"] if self.saved else 0
-        return tqdm(total=self.config.max_iters, initial=step, disable=None, unit="step")
+        disable = None if processes.FIRST else True
+        return tqdm(total=self.config.max_iters, initial=step, disable=disable, unit="step")
 
-    def claim_folder(self) -> None:
+    def claim_folder(self) -> Path:
         """Empty the folder that --out names; without --out make the first that is still free."""
         taken = []
         try:
@@ -318,6 +533,7 @@ class Run:
             if (folder / "checkpoint.pt").exists() and not (folder / "sample.txt").exists():
                 command = self.resume_command(folder)
                 self.bar.write(f"{folder} is unfinished or still running; to go on: {command}")
+        return self.folder
 
     def resume_command(self, folder: Path) -> str:
         """What to type in this folder, with this Python."""
@@ -331,6 +547,14 @@ class Run:
 
     def save(self) -> None:
         """Write the complete state, and the log."""
+        self.look_at_losses()
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise self.diverged(f"a weight is no longer a number at step {self.step}")
+        processes.first_does(self.write_state)
+        self.saved_step, self.saved_at = self.step, time.perf_counter()
+        self.marked_at = self.saved_at
+
+    def write_state(self) -> None:
         state = {
             "format": CHECKPOINT_FORMAT,
             "stage": self.stage,
@@ -340,14 +564,16 @@ class Run:
             "vocabulary": self.tokenizer.vocabulary,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "rows": self.rows,
-            "loss_sum": float(self.loss_sum),
+            "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
             "seconds": time.perf_counter() - self.started,
             "batch_state": self.generator.get_state(),
             "device": self.device.type,
             "device_state": random_module(self.device).get_rng_state(),
+            "number_format": str(self.number_format).removeprefix("torch."),
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -357,12 +583,12 @@ class Run:
             write_whole(self.folder / "best.pt", buffer.getbuffer())
         write_whole(self.folder / "checkpoint.pt", buffer.getbuffer())
         write_whole(self.folder / "losses.csv", losses_csv(self.rows))
-        self.saved_at = time.perf_counter()
 
     def restore(self) -> None:
         """Take over the complete state: from here the run goes on as if it had never stopped."""
-        (self.folder / "sample.txt").unlink(missing_ok=True)  # it is finished no longer
-        saved = self.saved
+        saved, self.saved_step = self.saved, self.saved["step"]
+        if processes.FIRST:
+            (self.folder / "sample.txt").unlink(missing_ok=True)  # it is finished no longer
         load_weights(self.model, saved)
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -371,16 +597,17 @@ class Run:
         self.step, self.rows, self.seconds = saved["step"], saved["rows"], saved["seconds"]
         self.loss_sum, self.loss_count = saved["loss_sum"], saved["loss_count"]
         self.generator.set_state(saved["batch_state"])
+        self.scaler.load_state_dict(saved.get("scaler", {}))
         if saved["device"] == self.device.type:  # no other device continues the same numbers
             random_module(self.device).set_rng_state(saved["device_state"])
         where = f"goes on after step {self.step}"
         if self.step == self.config.max_iters:
             where = f"is at its end; --max-iters above {self.step} takes it further"
-        self.bar.write(where)
+        self.say(where)
 
 
 @torch.inference_mode()
-def exact_loss(model: nn.Module, tokens: Tensor) -> float:
+def exact_loss(model: nn.Module, tokens: Tensor, renumber: Tensor | None = None) -> float:
     """The mean loss over a whole text, cut into consecutive windows: no estimate, no noise."""
     model.eval()
     device = next(model.parameters()).device
@@ -390,13 +617,18 @@ def exact_loss(model: nn.Module, tokens: Tensor) -> float:
     rows = max(1, EVALUATION_TOKENS // T)
     windows = [part[:whole].view(-1, T).split(rows) for part in (idx, targets)]
     last = (idx[whole:][None], targets[whole:][None])  # shorter, or empty
-    total = 0.0
-    for idx, targets in [*zip(*windows, strict=True), last]:
+    total = torch.zeros(1, dtype=torch.float64)
+    for idx, targets in [*zip(*windows, strict=True), last][processes.RANK :: processes.COUNT]:
         if idx.numel():
-            _, loss = model(idx.to(device), targets.to(device))
+            idx, targets = (number_as(renumber, half).to(device) for half in (idx, targets))
+            _, loss = model(idx, targets)
             total += loss.item() * idx.numel()
     model.train()
-    return total / (len(tokens) - 1)
+    return processes.total(total).item() / (len(tokens) - 1)
+
+
+def number_as(renumber: Tensor | None, numbers: Tensor) -> Tensor:
+    return numbers.long() if renumber is None else renumber[numbers.long()]
 
 
 def validation_loss(row: dict[str, float]) -> float:

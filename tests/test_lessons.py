@@ -217,6 +217,7 @@ def test_neighbours_keep_their_order(before, after):
 
 # All differ, also from 3 and 4, which stand in the comments as numbers, and from T + 1.
 SIZES = {"B": 5, "T": 8, "C": 42, "H": 6, "D": 7, "V": 11}
+CACHED = 4  # so many characters are in a cache: attention sees S = T + CACHED of them
 BLOCK_SIZE = 13  # what T means where no text has come in yet, in `__init__`
 SHAPE_COMMENT = re.compile(r"# \(([^()a-z]+)\)(?: (each|both)\b)?")
 
@@ -242,6 +243,7 @@ class ShapeWatch(ast.NodeTransformer):
         self.comments = shape_comments(source)
         self.checked = set()
         self.complaints = set()
+        self.cached = 0
         self.function = ""  # the one that is being visited
         tree = ast.fix_missing_locations(self.visit(ast.parse(source)))
         self.script = {"__name__": "script", "__file__": __file__, "look_at": self.look_at}
@@ -267,6 +269,7 @@ class ShapeWatch(ast.NodeTransformer):
 
     def look_at(self, value: object, line: int, function: str, variables: dict) -> object:
         sizes = self.sizes | ({"T": BLOCK_SIZE} if function == "__init__" else {})
+        sizes["S"] = sizes["T"] + self.cached
         for letter in sizes.keys() & variables.keys():
             if variables[letter] != sizes[letter]:
                 self.complain(line, f"{letter} is {variables[letter]} here")
@@ -297,6 +300,9 @@ def wrong_shapes(source: str, use: Callable[[dict], object], sizes: dict[str, in
     """What is wrong with the shapes of a script, once `use` has called everything in it."""
     watch = ShapeWatch(source, sizes)
     use(watch.script)
+    if hasattr(watch.script.get("Model"), "new_caches"):
+        watch.cached = CACHED
+        use_caches(watch.script)
     for line in watch.comments.keys() - watch.checked:
         watch.complain(line, "no value was compared with this comment")
     return sorted(watch.complaints)
@@ -314,6 +320,17 @@ def use_stage(script: dict) -> None:
             model(idx, targets=idx)
 
 
+def use_caches(script: dict) -> None:
+    """Let the model go on from a few characters that it has seen."""
+    for config in variants(script["Config"]):
+        model = script["Model"](config).eval()
+        caches = model.new_caches()
+        for cache in caches:
+            D = SIZES["C"] // SIZES["H"]
+            cache.extend(torch.zeros(2, SIZES["B"], SIZES["H"], CACHED, D))
+        model(torch.zeros(SIZES["B"], SIZES["T"], dtype=torch.long), caches=caches)
+
+
 def variants(config_class: type) -> Iterator[object]:
     sizes = {"vocab_size": SIZES["V"], "block_size": BLOCK_SIZE}
     sizes |= {"n_embd": SIZES["C"], "n_head": SIZES["H"], "n_layer": 2}
@@ -321,7 +338,7 @@ def variants(config_class: type) -> Iterator[object]:
     for field in fields(config_class):
         if field.name in sizes:
             options[field.name] = (sizes[field.name],)
-        elif field.type is bool:
+        elif field.type in (bool, bool | None):
             options[field.name] = (True, False)
         elif get_origin(field.type) is Literal:
             options[field.name] = get_args(field.type)
@@ -359,7 +376,7 @@ def test_shapes_are_told_in_the_same_letters_everywhere():
         told = {letter for comment in shape_comments(source).values() for letter in comment[1]}
         names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
         letters = {name for name in names | told if len(name) == 1 and name.isupper()}
-        assert letters <= SIZES.keys() | {"F"}, path.name  # F is torch.nn.functional
+        assert letters <= SIZES.keys() | {"F", "S"}, path.name  # F is torch.nn.functional
         assert not told or path.stem in USES, f"nobody checks the shape comments in {path.name}"
 
 

@@ -1,0 +1,84 @@
+"""Several processes that train one model together, as `torchrun` starts them.
+
+In a program that runs by itself there is one process, the first, and all of this does nothing.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common import UserError
+
+COUNT = int(os.environ.get("WORLD_SIZE", 1))  # torchrun tells each process these
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the same, counted on this machine
+FIRST = RANK == 0  # this one writes and prints, and the others keep quiet
+
+
+def meet() -> None:
+    """Wait for the others, if there are any."""
+    if COUNT > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The graphics card of this process: the first for the first, and so on."""
+    if COUNT == 1 or device.type != "cuda":
+        return device
+    cards = torch.cuda.device_count()
+    if cards <= LOCAL_RANK:
+        raise UserError(
+            f"this machine has {cards} graphics cards: start no more processes on it than that "
+            "(--nproc_per_node), or add --device cpu"
+        )
+    device = torch.device("cuda", LOCAL_RANK)
+    torch.cuda.set_device(device)
+    return device
+
+
+def of_the_first(value: Any) -> Any:
+    """What the first process has, in all of them."""
+    box = [value]
+    if COUNT > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def first_does(work: Callable[[], Any]) -> Any:
+    """The first process does it; all get the result, or the same error."""
+    result, error = None, ""
+    if FIRST:
+        try:
+            result = work()
+        except UserError as refusal:
+            error = str(refusal)
+    result, error = of_the_first((result, error))
+    if error:
+        raise UserError(error)
+    return result
+
+
+def any_of(*wishes: bool) -> list[bool]:
+    """Whether any process has the wish, for each."""
+    return (total(torch.tensor(wishes, dtype=torch.float32)) > 0).tolist() if COUNT > 1 else wishes
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if COUNT > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def mine(rows: Tensor) -> Tensor:
+    """This process's share of a batch."""
+    return rows.chunk(COUNT)[RANK]
+
+
+def leave() -> None:
+    if COUNT > 1:
+        dist.destroy_process_group()
