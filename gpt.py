@@ -3,17 +3,19 @@
 What is new: no other part, but what makes a large model learn well. Dropout, so that it cannot
 learn the text by heart. Weights that start small, the smaller the deeper the stack where they
 feed the residual sum. Weight decay, on the matrices alone. A learning rate that warms up, then
-falls along a cosine. Gradients cut back to length 1. And PyTorch's own fused attention.
+falls along a cosine. Gradients cut back to length 1. And what makes it fast: numbers of 16 bits
+in the products, large batches in portions, PyTorch's own attention, and a cache for sampling.
 
 Why it helps: the lower loss comes from more width, depth and context; these make it trainable.
 
-    python gpt.py                   the size that suits this machine
-    python gpt.py --preset full     10.8 million parameters, for a graphics card
+    python gpt.py                             the size that suits this machine
+    python gpt.py --preset full               10.8 million parameters, for a graphics card
+    torchrun --nproc_per_node=2 gpt.py        on two of them
 
 Since layer_norm.py
     new: Config.dropout, Config.grad_accumulation, Config.warmup_iters, Config.weight_decay,
-        Config.gradient_clip, Config.precision, Config.fused, Config.compile, PRESETS, Dropout,
-        Cache, Model.initialize, Model.new_caches, make_optimizer, learning_rate_at
+        Config.gradient_clip, Config.precision, Config.fused, Config.compile, PRESETS, Precision,
+        Dropout, Cache, Model.initialize, Model.new_caches, make_optimizer, learning_rate_at
     changed: Config.block_size, Config.n_embd, Config.n_head, Config.n_layer, Config.batch_size,
         Config.eval_interval, BatchedMultiHeadAttention.__init__,
         BatchedMultiHeadAttention.forward, Block.__init__, Block.forward, Model.__init__,
@@ -32,6 +34,8 @@ from torch.nn import functional as F
 from common import clear_errors
 from training import Run
 
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass
 class Config:
@@ -42,16 +46,16 @@ class Config:
     n_layer: int = 6  # how many blocks are stacked
     dropout: float = 0.2  # which share of the numbers is silenced at random while training
     batch_size: int = 64  # B: how many such blocks it learns from in one step
-    grad_accumulation: int = 1  # in how many portions at least, for want of memory, it takes them
+    grad_accumulation: int = 1  # in how many portions, at least, it takes them to save memory
     max_iters: int = 5000  # how many steps it learns for
     eval_interval: int = 250  # how many steps pass between two evaluations
     learning_rate: float = 1e-3  # how far a step moves the weights
     warmup_iters: int = 100  # how many steps the learning rate takes to rise to that
     weight_decay: float = 0.1  # how strongly the matrices are drawn towards zero
     gradient_clip: float = 1.0  # how long the gradient may be
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # numbers in products
-    fused: bool | None = None  # attention in one call of PyTorch's
-    compile: bool | None = None  # let PyTorch compile the model before the training
+    precision: Precision = "auto"  # the number format of the matrix products
+    fused: bool | None = None  # whether attention is one call of PyTorch's
+    compile: bool | None = None  # whether PyTorch compiles the model before it trains
 
 
 PRESETS = {
@@ -132,7 +136,7 @@ class BatchedMultiHeadAttention(nn.Module):
                 query, key, value, None if S == T else mask, p, is_causal=S == T
             )  # (B, H, T, D)
         else:
-            scores = query * key.shape[-1] ** -0.5 @ key.transpose(2, 3) + mask  # (B, H, T, S)
+            scores = (query * key.shape[-1] ** -0.5) @ key.transpose(2, 3) + mask  # (B, H, T, S)
             weights = self.dropout(F.softmax(scores, dim=-1))  # shares of 1, some silenced
             x = weights @ value  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)

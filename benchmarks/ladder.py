@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import Tokenizer, load_corpus, split
+from common import load_corpus
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
@@ -45,9 +45,8 @@ STAGES = (
 def tutorial_seconds(stage: str, max_iters: int) -> float:
     module = importlib.import_module(stage)
     corpus = load_corpus()
-    tokenizer = Tokenizer(corpus.text)
-    train, validation = split(torch.tensor(tokenizer.encode(corpus.text)))
-    config = module.Config(vocab_size=len(tokenizer.vocabulary))
+    train, validation = corpus.training, corpus.validation
+    config = module.Config(vocab_size=len(corpus.vocabulary))
     torch.manual_seed(1)
     model = module.Model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)

@@ -19,7 +19,7 @@ import matplotlib
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import Tokenizer, load_corpus, split
+from common import load_corpus
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -105,9 +105,8 @@ def draw(results: list[dict], path: Path) -> None:
 def counted_bigram_loss() -> float:
     """What a bigram table reaches that is counted instead of trained; each count begins at 1."""
     corpus = load_corpus()
-    tokenizer = Tokenizer(corpus.text)
-    train, validation = split(torch.tensor(tokenizer.encode(corpus.text)))
-    V = len(tokenizer.vocabulary)
+    train, validation = corpus.training, corpus.validation
+    V = len(corpus.vocabulary)
     pairs = torch.bincount(train[:-1] * V + train[1:], minlength=V * V).view(V, V)
     log_shares = torch.log((pairs + 1) / (pairs + 1).sum(dim=1, keepdim=True))
     return -log_shares[validation[:-1], validation[1:]].mean().item()

@@ -1,0 +1,184 @@
+"""gpt.py beside nanoGPT: the same models on the same machine, in turns.
+
+    git clone https://github.com/karpathy/nanoGPT
+    python benchmarks/vs_nanogpt.py --nanogpt nanoGPT
+
+The checkout is copied into a temporary folder, given Tiny Shakespeare in its own format, and run
+there with its own commands; it is not changed. Both sides take turns, on this machine's processor,
+and every figure is the median over the rounds. It takes about a quarter of an hour.
+"""
+
+import argparse
+import importlib.util
+import os
+import pickle
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import gpt
+from common import Corpus, Tokenizer, load_corpus
+from sample import generate, store_by_columns
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "config/train_shakespeare_char.py"
+ON_A_PROCESSOR = ["--device=cpu", "--compile=False"]
+# nanoGPT's README has this recipe for a computer without a graphics card.
+LAPTOP = (
+    "--eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
+    "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+).split()
+GOAL = 1.88  # about where that recipe ends
+TO_THE_GOAL = ["--max-iters", "500"]
+OVERWRITE = ["--out", "run", "--overwrite"]
+
+
+def copy_checkout(source: Path, target: Path, corpus: Corpus) -> None:
+    """nanoGPT as the user has it, and the text as its own preparation would write it."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".git", "out*"))
+    folder = target / "data" / "shakespeare_char"
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus.training.to(torch.uint16).numpy().tofile(folder / "train.bin")
+    corpus.validation.to(torch.uint16).numpy().tofile(folder / "val.bin")
+    number = Tokenizer(corpus.vocabulary).number
+    meta = {"vocab_size": len(number), "stoi": number, "itos": dict(enumerate(corpus.vocabulary))}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def run(command: list[object], folder: Path) -> tuple[str, float]:
+    """What a command prints, and the seconds that it takes from start to end."""
+    began = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    if result.returncode:
+        sys.exit(f"{command[0]} failed:\n{result.stderr[-2000:]}")
+    return result.stdout, time.perf_counter() - began
+
+
+def nanogpt_step(folder: Path, steps: int, *flags: str) -> float:
+    """Seconds of a training step."""
+    flags = [*flags, f"--max_iters={steps}", "--eval_iters=1", "--log_interval=1"]
+    output, _ = run(["train.py", CONFIG, *ON_A_PROCESSOR, *flags], folder)
+    times = [float(found) for found in re.findall(r"time ([\d.]+)ms", output)]
+    return statistics.median(times[1:]) / 1000  # the first counts an evaluation too
+
+
+def course_step(folder: Path, steps: int, *flags: str) -> tuple[float, float]:
+    """Seconds of a training step, and what share of the machine's speed they make use of."""
+    flags = [*flags, "--max-iters", steps, "--eval-interval", steps, "--sample-length", 1]
+    output, _ = run([ROOT / "gpt.py", "--device", "cpu", *flags, *OVERWRITE], folder)
+    step, share = re.search(r"([\d.,]+) ms a step.* (\d+)% of what", output).groups()
+    return float(step.replace(",", "")) / 1000, float(share) / 100
+
+
+def sampling_speeds(checkout: Path, characters: int, rounds: int) -> tuple[float, float]:
+    """Characters a second at the full size, of nanoGPT's `generate` and of the course's."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = nanogpt
+    spec.loader.exec_module(nanogpt)
+    config = gpt.PRESETS["full"]
+    sizes = {name: getattr(config, name) for name in ("block_size", "n_embd", "n_head", "n_layer")}
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=65, bias=False, **sizes)).eval()
+    ours = gpt.Model(config).eval()
+    store_by_columns(ours)
+    tokenizer = Tokenizer("".join(map(chr, range(40, 105))))
+    start = torch.zeros(1, 1, dtype=torch.long)
+    times = {"theirs": [], "ours": []}
+    for _ in range(rounds):
+        with torch.inference_mode():
+            began = time.perf_counter()
+            theirs.generate(start, characters)
+            times["theirs"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for _ in generate(ours, tokenizer, length=characters):
+            pass
+        times["ours"].append(time.perf_counter() - began)
+    return tuple(characters / statistics.median(seconds) for seconds in times.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nanogpt", type=Path, required=True, metavar="PATH", help="a checkout")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default 3)")
+    options = parser.parse_args()
+    if not (options.nanogpt / "train.py").exists():
+        parser.error(f"{options.nanogpt} is no checkout of nanoGPT: it has no train.py")
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        checkout = folder / "nanoGPT"
+        corpus = load_corpus()
+        copy_checkout(options.nanogpt, checkout, corpus)
+        small = gpt.PRESETS["small"]
+        same_small = [
+            *(f"--block_size={small.block_size}", f"--batch_size={small.batch_size}"),
+            *(f"--n_layer={small.n_layer}", f"--n_head={small.n_head}"),
+            *(f"--n_embd={small.n_embd}", f"--dropout={small.dropout}"),
+        ]
+        figures = []
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+            full = nanogpt_step(checkout, 5)
+            figure = {"full": full}
+            figure["our full"], figure["share"] = course_step(folder, 6, "--preset", "full")
+            figure["small"] = nanogpt_step(checkout, 200, *same_small)
+            figure["our small"], figure["small share"] = course_step(
+                folder, 200, "--preset", "small"
+            )
+            output, figure["recipe"] = run(["train.py", CONFIG, *ON_A_PROCESSOR, *LAPTOP], checkout)
+            figure["loss"] = float(re.findall(r"val loss ([\d.]+)", output)[-1])
+            output, figure["our recipe"] = run(
+                [ROOT / "gpt.py", "--device", "cpu", *TO_THE_GOAL, *OVERWRITE], folder
+            )
+            figure["our loss"] = float(re.search(r"best validation loss ([\d.]+)", output)[1])
+            figures.append(figure)
+        median = {key: statistics.median(each[key] for each in figures) for key in figures[0]}
+        theirs, ours = sampling_speeds(checkout, 500, options.rounds)
+
+    full, small = gpt.PRESETS["full"], gpt.PRESETS["small"]
+    per_step = {"full": full.batch_size * full.block_size}
+    per_step["small"] = small.batch_size * small.block_size
+    print("| | nanoGPT | `gpt.py` | ratio |")
+    print("|---|---:|---:|---:|")
+    for name in ("full", "small"):
+        before, after = (per_step[name] / median[key] for key in (name, f"our {name}"))
+        print(
+            f"| training at the {name} preset, characters a second | {before:,.0f} | {after:,.0f} "
+            f"| {after / before:.2f} |"
+        )
+    share = median["share"]
+    print(
+        "| of that, the share of what a matrix product reaches here "
+        f"| {share * median['our full'] / median['full']:.0%} | {share:.0%} | |"
+    )
+    print(
+        f"| from the start to a validation loss of {GOAL}, seconds | {median['recipe']:.1f} "
+        f"({median['loss']:.2f}) | {median['our recipe']:.1f} ({median['our loss']:.2f}) "
+        f"| {median['our recipe'] / median['recipe']:.2f} |"
+    )
+    print(
+        f"| sampling at the full preset, characters a second | {theirs:,.1f} | {ours:,.1f} "
+        f"| {ours / theirs:.1f} |"
+    )
+    if median["our loss"] > GOAL:
+        sys.exit(f"gpt.py did not reach {GOAL} with {' '.join(TO_THE_GOAL)}")
+
+
+if __name__ == "__main__":
+    main()
