@@ -3,7 +3,6 @@
 A stage's `main` makes a `Run`, iterates over its batches and does the learning itself.
 """
 
-import inspect
 import io
 import itertools
 import json
@@ -17,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,45 +30,34 @@ import machine
 import processes
 from common import (
     DATA,
-    TINY_SHAKESPEARE_SHA256,
     Corpus,
-    Tokenizer,
     UserError,
     draw_batch,
     is_out_of_memory,
-    load_corpus,
-    pick_device,
 )
 from data import pocket_play
-from flags import flag, given_fields, parse_flags, sampling_words
-from prepare import open_prepared
+from flags import sampling_words
 from run_folder import (
     CHECKPOINT_FORMAT,
     RUN_FILES,
     adopt_weights,
     changed_since,
-    holds_run,
     load_weights,
     losses_csv,
     make_free_folder,
-    newest_run,
     read_checkpoint,
-    saved_config,
     write_whole,
 )
-from sample import encode_prompt, store_by_columns, stream_sample
+from sample import store_by_columns, stream_sample
+from settings import Settings
 
-MAY_CHANGE_ON_RESUME = (
-    *("max_iters", "eval_interval"),
-    *("grad_accumulation", "precision", "fused", "compile"),  # how it computes, not what
-)
 EVALUATION_TOKENS = 8192  # how many characters one forward pass of an evaluation takes
 SECONDS_BETWEEN_SAVES = 300
 STEPS_BETWEEN_LOOKS = 20  # at the losses: each look makes a graphics card wait
 SMALL_STEP = 2**16  # up to so many numbers in (B, T, C), threads wait more than they help
 
 
-class Run:
+class Run(Settings):
     """One training run, from its flags to its sample.
 
     `config`, `device` and `step` are for the script to read. `batches` carries the training,
@@ -78,137 +66,14 @@ class Run:
     """
 
     def __init__(self, config_class: type, presets: dict[str, Any] | None = None) -> None:
-        self.stage = Path(inspect.getfile(config_class)).stem
-        self.options = parse_flags(config_class, presets)
-        processes.meet()
-        self.folder, self.saved, self.source, self.preset = self.options.out, None, None, ""
+        super().__init__(config_class, presets)
         self.step, self.rows, self.seconds = 0, [], 0.0  # rows: those of losses.csv
         self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row
         self.pending = []  # losses that are not yet in this sum
         self.computing, self.computed_steps = 0.0, 0  # seconds and steps between evaluations
-        if self.options.resume:
-            self.saved = processes.first_does(self.read_saved)
-            self.device = pick_device(self.options.device or self.saved["device"])
-            self.resume_config(config_class)
-        else:
-            self.device = pick_device(self.options.device or "auto")
-            self.choose_config(config_class, presets)
-        self.device = processes.own_device(self.device)
-        n_head = getattr(self.config, "n_head", 1)
-        if n_head > 1 and self.config.n_embd % n_head:
-            raise UserError(
-                f"--n-embd {self.config.n_embd} cannot be shared out among --n-head {n_head}: "
-                "take a multiple of it"
-            )
-        self.load_text()
         self.plan_steps()
         torch.manual_seed(self.seed)  # the weights and the dropout draw from this,
         self.generator = torch.Generator().manual_seed(self.seed)  # the batches from their own
-
-    def read_saved(self) -> dict[str, Any]:
-        self.folder = self.folder or newest_run(self.stage)
-        return read_checkpoint(self.folder / "checkpoint.pt")
-
-    def choose_config(self, config_class: type, presets: dict[str, Any] | None) -> None:
-        processes.first_does(self.refuse_to_replace)
-        if self.options.init_from:
-            self.take_source(config_class)
-        elif presets:
-            preset = self.options.preset or ("small" if self.device.type == "cpu" else "full")
-            chosen = "" if self.options.preset else f", chosen for {self.device.type}"
-            self.preset = f"preset {preset}{chosen}"
-            self.config = presets[preset]
-        else:
-            self.config = config_class()
-        self.config = replace(self.config, **given_fields(self.options, config_class))
-        self.seed = 1 if self.options.seed is None else self.options.seed
-
-    def refuse_to_replace(self) -> None:
-        if self.folder and holds_run(self.folder) and not self.options.overwrite:
-            raise UserError(
-                f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
-                "replaces it, another --out keeps both"
-            )
-
-    def take_source(self, config_class: type) -> None:
-        """The settings of the run whose weights this one starts from; the flags may differ."""
-        folder = self.options.init_from
-        self.source = processes.first_does(lambda: read_checkpoint(folder / "best.pt"))
-        if self.source["stage"] != self.stage:
-            raise UserError(f"the run in {folder} was made by {self.source['stage']}.py")
-        if getattr(self.options, "preset", None):
-            raise UserError(f"--preset is for a fresh model: this one has the sizes of {folder}")
-        if self.folder and self.folder.resolve() == folder.resolve():
-            raise UserError(f"--out {self.folder} is the run to start from: name another folder")
-        self.config = saved_config(config_class, self.source)
-
-    def resume_config(self, config_class: type) -> None:
-        """The saved run's config and seed; only the length of the training may change."""
-        if self.saved["stage"] != self.stage:
-            raise UserError(f"the run in {self.folder} was made by {self.saved['stage']}.py")
-        if getattr(self.options, "preset", None):
-            raise UserError("--preset is for a new run: --resume keeps the sizes of the old one")
-        if self.options.init_from:
-            raise UserError("--init-from is for a new run: --resume goes on with an old one")
-        given = given_fields(self.options, config_class)
-        saved = self.saved["config"] | {"seed": self.saved["seed"]}
-        asked = given if self.options.seed is None else given | {"seed": self.options.seed}
-        for name, value in asked.items():
-            if name not in MAY_CHANGE_ON_RESUME and value != saved.get(name):
-                raise UserError(
-                    f"the run in {self.folder} was made with {flag(name)} {saved.get(name)}, not "
-                    f"{value}: resume it without that flag, or start a new run"
-                )
-        self.config = replace(saved_config(config_class, self.saved), **given)
-        if self.config.max_iters < self.saved["step"]:
-            raise UserError(
-                f"the run in {self.folder} is at step {self.saved['step']} already: "
-                f"--max-iters must be at least that, not {self.config.max_iters}"
-            )
-        self.seed = self.saved["seed"]
-
-    def load_text(self) -> None:
-        """The corpus in its two parts, and the tokenizer that the model reads it with."""
-        path = self.options.data
-        if self.saved and path is None:
-            path = Path(self.saved["corpus"]["path"])
-            if self.saved["corpus"]["sha256"] == TINY_SHAKESPEARE_SHA256:
-                path = None  # wherever it lay then, it can be had here
-        self.corpus = open_prepared(path) if path and path.is_dir() else load_corpus(path)
-        if self.saved and self.corpus.sha256 != self.saved["corpus"]["sha256"]:
-            raise UserError(
-                f"{self.corpus.path} is not the text that the run in {self.folder} learns from "
-                f"({self.saved['corpus']['path']} as it was then)"
-            )
-        if self.corpus.sha256 != processes.of_the_first(self.corpus.sha256):
-            raise UserError(f"{self.corpus.path} is another text than the first process has")
-        self.tokenizer = Tokenizer(self.choose_vocabulary())
-        encode_prompt(self.tokenizer, self.options.prompt)  # refused now rather than at the end
-        self.config.vocab_size = len(self.tokenizer.vocabulary)
-        self.renumber = None  # from the corpus's numbers to the model's, where they differ
-        if self.tokenizer.vocabulary != self.corpus.vocabulary:
-            self.renumber = torch.tensor(self.tokenizer.encode(self.corpus.vocabulary))
-        shorter = min(len(self.corpus.training), len(self.corpus.validation))
-        if shorter <= self.config.block_size:
-            raise UserError(
-                f"{self.corpus.path} is too short: a split of it has {shorter} characters, and "
-                f"--block-size {self.config.block_size} needs at least one more than itself"
-            )
-
-    def choose_vocabulary(self) -> str:
-        """The text's own characters; with weights to start from, those that they know."""
-        if self.saved:
-            return self.saved["vocabulary"]
-        if not self.source:
-            return self.corpus.vocabulary
-        known = self.source["vocabulary"]
-        unknown = "".join(sorted(set(self.corpus.vocabulary) - set(known)))
-        if unknown and not self.options.extend_vocabulary:
-            raise UserError(
-                f"the run in {self.options.init_from} does not know {len(unknown)} of the "
-                f"characters in {self.corpus.path}: {unknown!r}; --extend-vocabulary adds them"
-            )
-        return known + unknown
 
     def plan_steps(self) -> None:
         """How a step is shared out: among processes, into portions, among threads."""

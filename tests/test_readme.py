@@ -13,6 +13,10 @@ import pytest
 from conftest import ROOT, STAGES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_OURS = (  # files of the reader's, and of a run
+    *("my_text.txt", "sonnets.txt", "part1.txt", "part2.txt"),
+    *("losses.csv", "sample.txt"),
+)
 LIMITS = {  # of the mean validation loss, for the course to be what it says it is
     ("bigram", ""): 2.490,
     ("self_attention", ""): 2.41,
@@ -76,17 +80,18 @@ def test_the_python_lines_work(small_run: Callable, tmp_path: Path) -> None:
 
 def test_every_flag_that_it_names_exists(run: Callable) -> None:
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {
-        "--no-index",
-        "--extra-index-url",
+        *("--no-index", "--extra-index-url"),
+        *("--nproc", "--nnodes", "--rdzv"),  # torchrun's own
     }
-    helps = "".join(run(script, "--help")[1] for script in [*STAGES, "sample"])
+    scripts = [*STAGES, "sample", "prepare", "export"]
+    helps = "".join(run(script, "--help")[1] for script in scripts)
     assert len(flags) > 15
     assert not [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", helps)]
 
 
 def test_every_file_that_it_names_exists() -> None:
     for name in re.findall(r"[`( ]((?:\w+/)*\w+\.(?:py|md|svg|csv|txt))\b", README):
-        if name not in ("my_text.txt", "losses.csv", "sample.txt"):  # the reader's, and a run's
+        if name not in NOT_OURS:
             places = [ROOT / name, ROOT / "benchmarks" / name]
             assert any(place.exists() for place in places), name
 
