@@ -82,6 +82,11 @@ def start(script: str, *flags: object, cwd: Path) -> subprocess.Popen:
     )
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    """Everything in a folder, to see that it stays as it is."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def losses(folder: Path) -> list[str]:
     """The rows of losses.csv without their seconds, the one column that may differ."""
     lines = (folder / "losses.csv").read_text(encoding="utf-8").splitlines()

@@ -15,17 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, SMALL_MODEL, STAGES, start
+from conftest import ROOT, SMALL, SMALL_MODEL, STAGES, files, start
 
 import gpt
 from common import is_out_of_memory
 
 NEWS = "a line " * 40  # 280 characters, 28 of them for validation
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    """Everything in a folder, to see that it stays as it is."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import start
+from conftest import files, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bad_input import files
 
 from sample import generate, load
 
