@@ -248,7 +248,7 @@ class Run(Settings):
     def count_operations(self, model: nn.Module) -> float:
         """Floating-point operations of a step's matrix products, counted on one row."""
         row = torch.zeros(1, self.config.block_size, dtype=torch.long, device=self.device)
-        with self.without_trace():
+        with self.without_trace(), self.autocast():
             return float(machine.operations(model, row)) * self.config.batch_size
 
     @contextmanager
