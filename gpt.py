@@ -86,7 +86,7 @@ class Dropout(nn.Dropout):
             .view(torch.int16)[: x.numel()]
             .view(x.shape)
         )
-        keep = draws >= round(2**16 * self.p) - 2**15
+        keep = draws >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
         return x * keep.to(x.dtype).div_(1 - self.p)
 
 

@@ -24,6 +24,10 @@ MAY_CHANGE_ON_RESUME = (
     *("max_iters", "eval_interval"),
     *("grad_accumulation", "precision", "fused", "compile"),  # how it computes, not what
 )
+MAY_CHANGE_FROM_A_SOURCE = (
+    *MAY_CHANGE_ON_RESUME,
+    *("dropout", "batch_size", "learning_rate", "warmup_iters", "weight_decay", "gradient_clip"),
+)
 
 
 class Settings:
@@ -85,8 +89,15 @@ class Settings:
             raise UserError(f"the run in {folder} was made by {self.source['stage']}.py")
         if getattr(self.options, "preset", None):
             raise UserError(f"--preset is for a fresh model: this one has the sizes of {folder}")
-        if self.folder and self.folder.resolve() == folder.resolve():
-            raise UserError(f"--out {self.folder} is the run to start from: name another folder")
+        target = self.folder or (Path("runs", self.stage) if self.options.overwrite else None)
+        if target and target.resolve() == folder.resolve():
+            raise UserError(f"{target} is the run to start from: name another folder with --out")
+        for name, value in given_fields(self.options, config_class).items():
+            if name not in MAY_CHANGE_FROM_A_SOURCE and value != self.source["config"].get(name):
+                raise UserError(
+                    f"the weights in {folder} are those of {flag(name)} "
+                    f"{self.source['config'].get(name)}, not {value}: leave that flag away"
+                )
         self.config = saved_config(config_class, self.source)
 
     def resume_config(self, config_class: type) -> None:

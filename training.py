@@ -256,10 +256,12 @@ class Run(Settings):
         """What is drawn and learnt inside is forgotten."""
         random = random_module(self.device)
         state = random.get_rng_state()
-        yield
-        random.set_rng_state(state)
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        try:
+            yield
+        finally:
+            random.set_rng_state(state)
+            for parameter in self.model.parameters():
+                parameter.grad = None
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """This process's rows of the next batch; which they are does not depend on the number."""

@@ -349,6 +349,17 @@ def test_portions_change_nothing_in_what_is_learnt(
     assert_same_losses(tmp_path / "as fits", tmp_path / "in 1", 1e-4)
 
 
+def test_a_gradient_cut_to_nothing_moves_nothing(small_run: Callable, tmp_path: Path):
+    """It is far below the 1e-8 that AdamW adds to what it divides by."""
+    flags = [*PLAIN, "--grad-accumulation", 2, "--weight-decay", 0]
+    for length in (1, 1e-14):
+        assert small_run("gpt", *flags, "--gradient-clip", length, "--out", length)[0] == 0
+    first, *_, last = table(tmp_path / "1")
+    assert first[2] - last[2] > 0.1
+    first, *_, last = table(tmp_path / "1e-14")
+    assert last[2] == pytest.approx(first[2], abs=1e-4)
+
+
 @given(
     rows=st.integers(min_value=1, max_value=128),
     row_size=st.integers(min_value=1, max_value=2**21),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, SMALL_MODEL, losses, same_state
-from test_gpt import stop_at
+from conftest import SMALL, SMALL_MODEL, files, losses, same_state
+from test_gpt import stop_at, table
 
 from prepare import prepare
 from sample import load
@@ -23,21 +23,12 @@ STILL = "--learning-rate 1e-30 --max-iters 1".split()  # it moves no weight at a
 NEW = "%qЖ"  # characters that sort before, between and after those of the text
 
 
-def files(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def state(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def rows(folder: Path) -> list[list[float]]:
-    """The rows of losses.csv as numbers: step, training loss, validation loss, ..."""
-    return [[float(value) for value in row.split(",")] for row in losses(folder)[1:]]
-
-
 def best_loss(folder: Path) -> float:
-    return min(row[2] for row in rows(folder))
+    return min(row[2] for row in table(folder))
 
 
 @pytest.fixture
@@ -91,13 +82,13 @@ def test_it_starts_from_the_best_weights_with_their_settings(
     stage: str, sources: Callable, run: Callable, tmp_path: Path
 ) -> None:
     source = sources(stage)
-    first, *_, last = (row[2] for row in rows(source))
+    first, *_, last = (row[2] for row in table(source))
     assert best_loss(source) < min(first, last)
     code, output, _ = run(stage, "--init-from", source, "--out", "next", *STILL)
     assert code == 0
     assert output.count(f"starts from the weights of {source}") == 1
     assert "preset" not in output
-    assert rows(tmp_path / "next")[0][2] == pytest.approx(best_loss(source), abs=2e-6)
+    assert table(tmp_path / "next")[0][2] == pytest.approx(best_loss(source), abs=2e-6)
     best, next_best = (state(folder / "best.pt") for folder in (source, tmp_path / "next"))
     torch.testing.assert_close(next_best["model"], best["model"], rtol=0, atol=0)
 
@@ -116,7 +107,7 @@ def test_flags_differ_from_the_source(sources: Callable, run: Callable, tmp_path
     saved = state(tmp_path / "next" / "checkpoint.pt")
     assert saved["config"] == state(source / "best.pt")["config"] | given
     assert saved["step"] == 10
-    progress = rows(tmp_path / "next")
+    progress = table(tmp_path / "next")
     assert [row[0] for row in progress] == [0, 5, 10]
     assert progress[-1][2] < progress[0][2]  # and it learns
 
@@ -159,6 +150,7 @@ def test_flags_that_do_not_go_with_it(sources: Callable, small_run: Callable, re
     assert small_run("gpt", "--out", "other")[0] == 0
     message = refused("gpt", *init, "--resume", "--out", "other")
     assert "--init-from is for a new run" in message
+    assert "goes with --init-from" in refused("gpt", "--extend-vocabulary")
 
 
 @pytest.mark.parametrize("spelling", ["{0}", "{0}/../{0.name}", "link"])
@@ -247,7 +239,7 @@ def test_new_characters_are_learnt_and_written(
     flags = ["--init-from", source, "--data", more, "--extend-vocabulary", "--out", "next"]
     rate = ["--learning-rate", 0.01, "--max-iters", 100, "--eval-interval", 50]
     assert run(stage, *flags, *rate)[0] == 0
-    progress = rows(tmp_path / "next")
+    progress = table(tmp_path / "next")
     assert progress[-1][2] < progress[0][2] - 0.3
     code, output, _ = run("sample", "next", "--prompt", "Ж%q", "--sample-length", 300)
     assert code == 0
@@ -255,7 +247,7 @@ def test_new_characters_are_learnt_and_written(
     assert set(output.removeprefix("Ж%q")) & set(NEW)
     # And once more from there: now it knows them.
     assert run(stage, "--init-from", "next", "--data", more, "--out", "last", *STILL)[0] == 0
-    assert rows(tmp_path / "last")[0][2] == pytest.approx(best_loss(tmp_path / "next"), abs=2e-6)
+    assert table(tmp_path / "last")[0][2] == pytest.approx(best_loss(tmp_path / "next"), abs=2e-6)
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
@@ -295,7 +287,7 @@ def test_a_text_with_fewer_characters_keeps_their_numbers(
     model, tokenizer = load(source, "cpu")
     numbers = torch.tensor(tokenizer.encode(less.read_text(encoding="utf-8")))
     border = len(numbers) * 9 // 10
-    first = rows(tmp_path / "next")[0]
+    first = table(tmp_path / "next")[0]
     assert first[2] == pytest.approx(exact_loss(model, numbers[border:]), abs=1e-5)
     training_loss = exact_loss(model, numbers[: len(numbers) - border])
     assert first[1] == pytest.approx(training_loss, abs=1e-5)
@@ -322,7 +314,7 @@ def test_a_prepared_text_gives_the_same_losses_as_the_text(
     if kind == "less":
         numbers = torch.tensor(tokenizer.encode(data.read_text(encoding="utf-8")))
         expected = exact_loss(model, numbers[len(numbers) * 9 // 10 :])
-        assert rows(tmp_path / "folder")[0][2] == pytest.approx(expected, abs=1e-5)
+        assert table(tmp_path / "folder")[0][2] == pytest.approx(expected, abs=1e-5)
 
 
 # A prepared folder by itself.

@@ -174,9 +174,9 @@ def test_when_one_is_killed_the_other_says_so_and_the_run_can_go_on(
 
     assert run("gpt", *EXACT, *LONG, "--out", whole)[0] == 0
     if rank == 0:
-        both = tmp_path / "resumed by two"
+        both = tmp_path / "runs" / "gpt"  # which is resumed without being named
         shutil.copytree(killed, both)
-        process = torchrun("--resume", "--out", both, "--sample-length", 20)
+        process = torchrun("--resume", "--sample-length", 20)
         output, errors = process.communicate(timeout=TIME_LIMIT)
         assert process.returncode == 0, errors
         assert output.count("goes on after step") == 1
@@ -185,13 +185,17 @@ def test_when_one_is_killed_the_other_says_so_and_the_run_can_go_on(
     assert_same_progress(killed, whole)
 
 
+@pytest.mark.parametrize("pressed", ["all", pytest.param("second", marks=needs_proc)])
 def test_ctrl_c_stops_all_at_the_same_step(
-    torchrun: Callable, run: Callable, tmp_path: Path
+    pressed: str, torchrun: Callable, run: Callable, tmp_path: Path
 ) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     process = torchrun(*EXACT, *LONG, "--out", stopped)
     wait_for_rows(stopped / "losses.csv", 2, process)
-    process.send_signal(signal.SIGINT)  # torchrun hands it on to both
+    if pressed == "all":
+        process.send_signal(signal.SIGINT)  # torchrun hands it on to both
+    else:  # what only one of them has heard, it tells the other
+        os.kill(process_of_rank(1, stopped), signal.SIGINT)
     output, errors = process.communicate(timeout=30)
     assert complaints(errors) == []
     step = torch.load(stopped / "checkpoint.pt", weights_only=True)["step"]
