@@ -180,12 +180,13 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 message = (
-                    "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
+                    "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller "
+                    "(gpt.py: --grad-accumulation larger)"
                 )
             elif is_lost_process(error):
                 message = (
-                    "another process of this run has ended, so this one stops too; the same "
-                    "command with --resume goes on from the last checkpoint"
+                    "another process of this run has ended, so this one stops too; if the run had "
+                    "begun, --resume goes on from its last checkpoint"
                 )
             else:
                 raise
@@ -204,7 +205,7 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 def is_lost_process(error: Exception) -> bool:
     """What PyTorch says when processes train together and one of them is gone."""
-    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl")
+    words = ("closed by peer", "reset by peer", "broken pipe", "remote process", "remote error")
     return "WORLD_SIZE" in os.environ and any(word in str(error).lower() for word in words)
 
 

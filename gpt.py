@@ -46,7 +46,7 @@ class Config:
     n_layer: int = 6  # how many blocks are stacked
     dropout: float = 0.2  # which share of the numbers is silenced at random while training
     batch_size: int = 64  # B: how many such blocks it learns from in one step
-    grad_accumulation: int = 1  # in how many portions, at least, it takes them to save memory
+    grad_accumulation: int = 1  # how many portions, at least, a batch is taken in: less memory
     max_iters: int = 5000  # how many steps it learns for
     eval_interval: int = 250  # how many steps pass between two evaluations
     learning_rate: float = 1e-3  # how far a step moves the weights
@@ -79,7 +79,8 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not self.training or self.p == 0:
             return super().forward(x)
-        # Here drawing numbers is slow, so each, of 64 bits, is cut into four of 16.
+        # On a processor drawing is slow, so each number, of 64 bits, is cut into four of 16. These
+        # run from -2**15; what gets one from the lowest share is silenced.
         draws = (
             torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
             .random_(-(2**63), None)
@@ -131,9 +132,13 @@ class BatchedMultiHeadAttention(nn.Module):
         # PyTorch's own call does the same without storing the weights. A graphics card is faster
         # that way, a processor without it.
         if self.fused or (self.fused is None and x.device.type != "cpu"):
-            p = self.dropout.p if self.training else 0.0
             x = F.scaled_dot_product_attention(
-                query, key, value, None if S == T else mask, p, is_causal=S == T
+                query,
+                key,
+                value,
+                attn_mask=None if S == T else mask,
+                dropout_p=self.dropout.p if self.training else 0.0,
+                is_causal=S == T,
             )  # (B, H, T, D)
         else:
             scores = (query * key.shape[-1] ** -0.5) @ key.transpose(2, 3) + mask  # (B, H, T, S)

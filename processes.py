@@ -15,6 +15,7 @@ from common import UserError
 
 COUNT = int(os.environ.get("WORLD_SIZE", 1))  # torchrun tells each process these
 RANK = int(os.environ.get("RANK", 0))
+COUNT_HERE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the same, counted on this machine
 FIRST = RANK == 0  # this one writes and prints, and the others keep quiet
 
@@ -22,15 +23,18 @@ FIRST = RANK == 0  # this one writes and prints, and the others keep quiet
 def meet() -> None:
     """Wait for the others, if there are any."""
     if COUNT > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        cards = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo")
 
 
 def own_device(device: torch.device) -> torch.device:
     """The graphics card of this process: the first for the first, and so on."""
+    if COUNT > 1 and device.type == "mps":
+        raise UserError("a Mac's graphics card trains in one process: leave torchrun away")
     if COUNT == 1 or device.type != "cuda":
         return device
     cards = torch.cuda.device_count()
-    if cards <= LOCAL_RANK:
+    if cards < COUNT_HERE:
         raise UserError(
             f"this machine has {cards} graphics cards: start no more processes on it than that "
             "(--nproc_per_node), or add --device cpu"

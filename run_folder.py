@@ -120,20 +120,14 @@ def adopt_weights(model: nn.Module, checkpoint: dict, vocabulary: str) -> None:
     places = torch.tensor([vocabulary.index(character) for character in old])
     weights = model.state_dict()
     for name, weight in checkpoint["model"].items():
-        if name not in weights or weight.dim() != weights[name].dim():
-            raise changed_since(checkpoint)
-        index = []  # which rows, which columns of the new weight are these
-        for size, old_size in zip(weights[name].shape, weight.shape, strict=True):
-            if (size, old_size) == (len(vocabulary), len(old)):
-                index.append(places)
-            elif size == old_size:
-                index.append(torch.arange(size))
-            else:
-                raise UserError(
-                    f"the weights {name} of that run have another shape, {tuple(weight.shape)} and "
-                    f"not {tuple(weights[name].shape)}: leave the flags for sizes away"
-                )
-        weights[name][torch.meshgrid(*index, indexing="ij")] = weight.to(weights[name].device)
+        fresh = weights.get(name, weight)
+        sizes = list(zip(fresh.shape, weight.shape, strict=False))
+        if {pair for pair in sizes if pair[0] != pair[1]} == {(len(vocabulary), len(old))}:
+            # Its rows, its columns or both belong to characters.
+            index = [torch.arange(new) if new == size else places for new, size in sizes]
+            index = torch.meshgrid(*index, indexing="ij")
+            weight = fresh.index_put(index, weight.to(fresh.device))
+        weights[name] = weight
     load_weights(model, checkpoint | {"model": weights})
 
 

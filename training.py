@@ -103,7 +103,9 @@ class Run(Settings):
         self.model = self.network = model
         name = self.config.precision
         if name == "auto" and self.saved and self.saved["device"] == self.device.type:
-            name = self.saved["number_format"]  # or the numbers would not go on as they were
+            name = self.saved.get(
+                "number_format", "float32"
+            )  # or the numbers would not go on as they were
         if name == "auto":
             self.number_format = processes.first_does(
                 lambda: machine.pick_number_format(self.device)
@@ -121,7 +123,7 @@ class Run(Settings):
         if self.config.compile or (self.config.compile is None and self.device.type == "cuda"):
             network = self.compile(model)
         if processes.COUNT > 1:
-            network = DistributedDataParallel(network)
+            network = DistributedDataParallel(network, forward_sync_buffers=False)
         self.network = network
         return network
 
@@ -132,7 +134,7 @@ class Run(Settings):
         except Exception as error:  # of whatever kind: compilers fail in many ways
             if is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
             if processes.FIRST:
                 print(f"torch.compile fails here, so this run goes without it: {reason[:150]}")
             return model
@@ -176,6 +178,7 @@ class Run(Settings):
                     if processes.FIRST:
                         command = self.resume_command(self.folder)
                         print(f"stopped at step {self.step}; to go on: {command}")
+                    processes.leave()
                     raise SystemExit(130)
 
     def portions(self, batch: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -272,7 +275,7 @@ class Run(Settings):
     def to_device(self, numbers: Tensor) -> Tensor:
         numbers = number_as(self.renumber, numbers)
         if self.device.type == "cuda":  # from pinned memory it is copied while the card computes
-            return numbers.pin_memory().to(self.device, non_blocking=True)
+            return numbers.contiguous().pin_memory().to(self.device, non_blocking=True)
         return numbers.to(self.device)
 
     def log(self, loss: Tensor) -> None:
@@ -408,6 +411,8 @@ class Run(Settings):
         if python.is_relative_to(Path.cwd()):
             python = python.relative_to(Path.cwd())
         words = [str(python), sys.argv[0], "--resume", "--out", str(folder)]
+        if processes.COUNT > 1:
+            words[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes.COUNT_HERE}"]
         if folder == self.folder:
             words += sampling_words(self.options)
         return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
@@ -464,7 +469,8 @@ class Run(Settings):
         self.step, self.rows, self.seconds = saved["step"], saved["rows"], saved["seconds"]
         self.loss_sum, self.loss_count = saved["loss_sum"], saved["loss_count"]
         self.generator.set_state(saved["batch_state"])
-        self.scaler.load_state_dict(saved.get("scaler", {}))
+        if saved.get("scaler"):  # empty, unless the run was in float16
+            self.scaler.load_state_dict(saved["scaler"])
         if saved["device"] == self.device.type:  # no other device continues the same numbers
             random_module(self.device).set_rng_state(saved["device_state"])
         where = f"goes on after step {self.step}"
@@ -537,7 +543,8 @@ def interrupts() -> Iterator[list[int]]:
 
     def receive(number: int, _: object) -> None:
         received.append(number)
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not here
+        if processes.FIRST:  # os.write, because print may not be called here
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
         signal.signal(number, before[number])
 
     for number in before:

@@ -9,6 +9,7 @@ and every figure is the median over the rounds. It takes about a quarter of an h
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import pickle
@@ -92,7 +93,8 @@ def sampling_speeds(checkout: Path, characters: int, rounds: int) -> tuple[float
     spec.loader.exec_module(nanogpt)
     config = gpt.PRESETS["full"]
     sizes = {name: getattr(config, name) for name in ("block_size", "n_embd", "n_head", "n_layer")}
-    theirs = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=65, bias=False, **sizes)).eval()
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its size
+        theirs = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=65, bias=False, **sizes)).eval()
     ours = gpt.Model(config).eval()
     store_by_columns(ours)
     tokenizer = Tokenizer("".join(map(chr, range(40, 105))))
@@ -136,9 +138,11 @@ def main() -> None:
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
             full = nanogpt_step(checkout, 5)
             figure = {"full": full}
-            figure["our full"], figure["share"] = course_step(folder, 6, "--preset", "full")
+            figure["our full"], figure["our full share"] = course_step(
+                folder, 6, "--preset", "full"
+            )
             figure["small"] = nanogpt_step(checkout, 200, *same_small)
-            figure["our small"], figure["small share"] = course_step(
+            figure["our small"], figure["our small share"] = course_step(
                 folder, 200, "--preset", "small"
             )
             output, figure["recipe"] = run(["train.py", CONFIG, *ON_A_PROCESSOR, *LAPTOP], checkout)
@@ -154,7 +158,7 @@ def main() -> None:
     full, small = gpt.PRESETS["full"], gpt.PRESETS["small"]
     per_step = {"full": full.batch_size * full.block_size}
     per_step["small"] = small.batch_size * small.block_size
-    print("| | nanoGPT | `gpt.py` | ratio |")
+    print("| | nanoGPT | `gpt.py` | `gpt.py` / nanoGPT |")
     print("|---|---:|---:|---:|")
     for name in ("full", "small"):
         before, after = (per_step[name] / median[key] for key in (name, f"our {name}"))
@@ -162,11 +166,11 @@ def main() -> None:
             f"| training at the {name} preset, characters a second | {before:,.0f} | {after:,.0f} "
             f"| {after / before:.2f} |"
         )
-    share = median["share"]
-    print(
-        "| of that, the share of what a matrix product reaches here "
-        f"| {share * median['our full'] / median['full']:.0%} | {share:.0%} | |"
-    )
+        share = median[f"our {name} share"]
+        print(
+            "| the same as a share of what a matrix product reaches "
+            f"| {share * median[f'our {name}'] / median[name]:.0%} | {share:.0%} | |"
+        )
     print(
         f"| from the start to a validation loss of {GOAL}, seconds | {median['recipe']:.1f} "
         f"({median['loss']:.2f}) | {median['our recipe']:.1f} ({median['our loss']:.2f}) "
