@@ -279,7 +279,10 @@ def test_a_stage_that_has_changed_since(
         assert "gpt.py has changed since this run" in refused("sample", "run")
 
 
-OUT_OF_MEMORY = "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
+OUT_OF_MEMORY = (
+    "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller, or gpt.py's "
+    "--grad-accumulation larger"
+)
 
 
 @pytest.mark.parametrize(

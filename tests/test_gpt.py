@@ -681,3 +681,16 @@ def test_ctrl_c_after_the_loss_has_exploded(
     assert "gpt.py: the loss became nan at step 2: try a smaller --learning-rate" in errors
     assert "stopped at step" not in output
     assert_finite(tmp_path / "run")
+
+
+def test_a_run_from_before_there_were_formats_goes_on(small_run: Callable, run: Callable) -> None:
+    assert small_run("gpt", "--out", "run", "--precision", "float32")[0] == 0
+    path = Path("run", "checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    for name in ("number_format", "scaler"):
+        del state[name]
+    for name in ("grad_accumulation", "precision", "fused", "compile"):
+        del state["config"][name]
+    torch.save(state, path)
+    assert run("gpt", "--resume", "--out", "run", "--max-iters", 30)[0] == 0
+    assert '"number_format": "float32"' in Path("run", "config.json").read_text(encoding="utf-8")

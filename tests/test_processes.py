@@ -16,6 +16,9 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, SMALL_MODEL
 
+import processes
+from common import UserError
+
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="PyTorch for Windows lacks what torchrun meets through"
 )
@@ -167,8 +170,8 @@ def test_when_one_is_killed_the_other_says_so_and_the_run_can_go_on(
     assert process.returncode != 0
     assert "best validation loss" not in output, "it was not killed in time"
     assert complaints(errors) == [
-        "gpt.py: another process of this run has ended, so this one stops too; the same command "
-        "with --resume goes on from the last checkpoint"
+        "gpt.py: another process of this run has ended, so this one stops too; if the run "
+        "had begun, --resume goes on from its last checkpoint"
     ]
     assert 10 <= torch.load(killed / "checkpoint.pt", weights_only=True)["step"] < 300
 
@@ -239,3 +242,21 @@ def test_a_loss_that_explodes_is_told_once(torchrun: Callable, tmp_path: Path) -
     assert "best validation loss" not in output
     state = torch.load(tmp_path / "wild" / "checkpoint.pt", weights_only=True)
     assert all(weight.isfinite().all() for weight in state["model"].values())
+
+
+# What needs graphics cards is tried without them as far as it goes.
+
+
+def test_no_more_processes_than_graphics_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COUNT", "COUNT_HERE"):
+        monkeypatch.setattr(processes, name, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="has 2 graphics cards"):
+        processes.own_device(torch.device("cuda"))
+
+
+def test_a_macs_graphics_card_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes.own_device(torch.device("mps")) == torch.device("mps")
+    monkeypatch.setattr(processes, "COUNT", 2)
+    with pytest.raises(UserError, match="in one process"):
+        processes.own_device(torch.device("mps"))

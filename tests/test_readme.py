@@ -81,7 +81,7 @@ def test_the_python_lines_work(small_run: Callable, tmp_path: Path) -> None:
 
 def test_every_flag_that_it_names_exists(run: Callable) -> None:
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {
-        *("--no-index", "--extra-index-url"),
+        *("--no-index", "--extra-index-url", "--nanogpt"),
         *("--nproc", "--nnodes", "--rdzv"),  # torchrun's own
     }
     scripts = [*STAGES, "sample", "prepare", "export"]
