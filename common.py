@@ -180,8 +180,8 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 message = (
-                    "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller, "
-                    "or gpt.py's --grad-accumulation larger"
+                    "out of memory: make --batch-size, --block-size, --n-embd or --n-layer "
+                    "smaller, or gpt.py's --grad-accumulation larger"
                 )
             elif is_lost_process(error):
                 message = (
