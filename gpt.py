@@ -129,8 +129,8 @@ class BatchedMultiHeadAttention(nn.Module):
             key, value = cache.extend(x[1:])  # (B, H, S, D) both
         S = key.shape[2]  # these T characters, and those in the cache
         mask = self.causal_mask[S - T : S, :S].to(query.dtype)  # (T, S)
-        # PyTorch's own call does the same without storing the weights. A graphics card is faster
-        # that way, a processor without it.
+        # PyTorch's own call does the same without storing the weights: a graphics card is faster
+        # with it, a processor with the lines below it.
         if self.fused or (self.fused is None and x.device.type != "cpu"):
             x = F.scaled_dot_product_attention(
                 query,
@@ -256,6 +256,7 @@ def main() -> None:
         for idx, targets in run.portions(batch):
             with run.autocast():
                 logits, loss = network(idx, targets)
+            # In float16 the scaler keeps small gradients from becoming 0; else it does nothing.
             run.scaler.scale(loss / run.portion_count).backward()
             run.log(loss)
         run.scaler.unscale_(optimizer)
