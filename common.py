@@ -174,6 +174,8 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
+            if torch.distributed.is_initialized():  # not to be left behind
+                torch.distributed.destroy_process_group()
             if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes one says it
                 sys.exit(2)
             message = str(error)

@@ -4,7 +4,8 @@ What is new: no other part, but what makes a large model learn well. Dropout, so
 learn the text by heart. Weights that start small, the smaller the deeper the stack where they
 feed the residual sum. Weight decay, on the matrices alone. A learning rate that warms up, then
 falls along a cosine. Gradients cut back to length 1. And what makes it fast: numbers of 16 bits
-in the products, large batches in portions, PyTorch's own attention, and a cache for sampling.
+in the products, large batches in portions, on a graphics card PyTorch's own attention, and a cache
+for sampling.
 
 Why it helps: the lower loss comes from more width, depth and context; these make it trainable.
 
@@ -80,7 +81,7 @@ class Dropout(nn.Dropout):
         if x.device.type != "cpu" or not self.training or self.p == 0:
             return super().forward(x)
         # On a processor drawing is slow, so each number, of 64 bits, is cut into four of 16. These
-        # run from -2**15; what gets one from the lowest share is silenced.
+        # run from -2**15 to 2**15 - 1; what gets one from the lowest share is silenced.
         draws = (
             torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
             .random_(-(2**63), None)
@@ -96,7 +97,7 @@ class Cache:
 
     def __init__(self) -> None:
         self.length = 0
-        self.pair: Tensor | None = None
+        self.pair: Tensor | None = None  # keys and values: (2, B, H, S, D)
 
     def extend(self, pair: Tensor) -> Tensor:
         self.pair = pair if self.pair is None else torch.cat((self.pair, pair), dim=3)

@@ -63,9 +63,11 @@ def refuse_taken(folder: Path) -> None:
     if os.path.isfile(folder):
         raise UserError(f"{folder} is a file: name a new folder with --out")
     if os.path.isdir(folder) and os.listdir(folder):
-        prepared = os.path.exists(folder / "meta.json")
-        state = "already holds a prepared text" if prepared else "is not empty"
-        raise UserError(f"{folder} {state}: name another folder, or delete that one")
+        if os.path.exists(folder / "meta.json"):
+            raise UserError(
+                f"{folder} already holds a prepared text: name another folder, or delete that one"
+            )
+        raise UserError(f"{folder} is not empty: name another folder with --out")
 
 
 def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
@@ -175,6 +177,8 @@ def open_prepared(folder: Path) -> Corpus:
             and validation.max() < len(vocabulary)
         )
         problem = None if fits else "its files do not fit together, or this version of the course"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        problem = f"it has no {Path(error.filename).name}"
     except OSError as error:
         problem = f"{error.filename}: {error.strerror}"
     except (ValueError, LookupError, TypeError):  # which one depends on where it is damaged
@@ -182,7 +186,7 @@ def open_prepared(folder: Path) -> Corpus:
     if problem:
         raise UserError(
             f"{folder} holds no prepared text that can be used ({problem}): "
-            "prepare it again, python prepare.py TEXT --out DIR"
+            "make one with python prepare.py TEXT --out DIR"
         )
     with warnings.catch_warnings():  # PyTorch warns that nobody may write there, and nobody does
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

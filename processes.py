@@ -30,7 +30,7 @@ def meet() -> None:
 def own_device(device: torch.device) -> torch.device:
     """The graphics card of this process: the first for the first, and so on."""
     if COUNT > 1 and device.type == "mps":
-        raise UserError("a Mac's graphics card trains in one process: leave torchrun away")
+        raise UserError("a Mac's graphics card trains in one process: start it without torchrun")
     if COUNT == 1 or device.type != "cuda":
         return device
     cards = torch.cuda.device_count()

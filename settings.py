@@ -50,7 +50,7 @@ class Settings:
         if n_head > 1 and self.config.n_embd % n_head:
             raise UserError(
                 f"--n-embd {self.config.n_embd} cannot be shared out among --n-head {n_head}: "
-                "take a multiple of it"
+                f"take a multiple of {n_head} for --n-embd"
             )
         self.load_text()
 
@@ -86,7 +86,10 @@ class Settings:
         folder = self.options.init_from
         self.source = processes.first_does(lambda: read_checkpoint(folder / "best.pt"))
         if self.source["stage"] != self.stage:
-            raise UserError(f"the run in {folder} was made by {self.source['stage']}.py")
+            raise UserError(
+                f"the run in {folder} was made by {self.source['stage']}.py: only runs of "
+                f"{self.stage}.py have weights that fit"
+            )
         if getattr(self.options, "preset", None):
             raise UserError(f"--preset is for a fresh model: this one has the sizes of {folder}")
         target = self.folder or (Path("runs", self.stage) if self.options.overwrite else None)
@@ -96,7 +99,7 @@ class Settings:
             if name not in MAY_CHANGE_FROM_A_SOURCE and value != self.source["config"].get(name):
                 raise UserError(
                     f"the weights in {folder} are those of {flag(name)} "
-                    f"{self.source['config'].get(name)}, not {value}: leave that flag away"
+                    f"{self.source['config'].get(name)}, not {value}: leave that flag out"
                 )
         self.config = saved_config(config_class, self.source)
 

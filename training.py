@@ -82,10 +82,10 @@ class Run(Settings):
             raise UserError(f"{self.stage}.py trains in one process: only gpt.py shares its work")
         at_least = getattr(self.config, "grad_accumulation", 1)
         if B % (processors * at_least):
+            processes_too = f"{processors} processes times " if processors > 1 else ""
             raise UserError(
-                f"--batch-size {B} cannot be shared out evenly among {processors} "
-                f"processes, each with --grad-accumulation {at_least}: take a multiple of "
-                f"{processors * at_least}"
+                f"--batch-size {B} is no multiple of {processes_too}--grad-accumulation "
+                f"{at_least}: take a multiple of {processors * at_least}"
             )
         row = self.config.block_size * getattr(self.config, "n_embd", 1)
         self.portion_count = at_least
@@ -206,7 +206,8 @@ class Run(Settings):
         self.rehearse(self.network)  # warms up
         seconds_a_step = self.rehearse(self.network)
         if self.preset:
-            self.say(f"{self.preset}: about {duration(seconds_a_step * self.config.max_iters)}")
+            in_all = duration(seconds_a_step * self.config.max_iters)
+            self.say(f"{self.preset}: about {in_all}, and the evaluations")
         if processes.RANK:
             torch.manual_seed(self.seed + processes.RANK + self.step)  # its own dropout
         self.started = time.perf_counter() - self.seconds
@@ -473,9 +474,9 @@ class Run(Settings):
             self.scaler.load_state_dict(saved["scaler"])
         if saved["device"] == self.device.type:  # no other device continues the same numbers
             random_module(self.device).set_rng_state(saved["device_state"])
-        where = f"goes on after step {self.step}"
+        where = f"{self.folder} goes on after step {self.step}"
         if self.step == self.config.max_iters:
-            where = f"is at its end; --max-iters above {self.step} takes it further"
+            where = f"{self.folder} is at its end; --max-iters above {self.step} takes it further"
         self.say(where)
 
 

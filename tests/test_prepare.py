@@ -464,12 +464,12 @@ def test_a_damaged_folder(damage: str, prepared: Path) -> None:
     before = [path.read_bytes() for path in listing(prepared)]
     DAMAGE[damage](prepared)
     assert [path.read_bytes() for path in listing(prepared)] != before
-    with pytest.raises(UserError, match="holds no prepared text.*prepare it again") as caught:
+    with pytest.raises(UserError, match="holds no prepared text.*make one with") as caught:
         open_prepared(prepared)
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_none(tmp_path: Path, text: Path) -> None:
     for path in (tmp_path / "no", tmp_path, text):
-        with pytest.raises(UserError, match="meta.json: .*prepare it again"):
+        with pytest.raises(UserError, match="no meta.json.*make one with"):
             open_prepared(path)

@@ -212,7 +212,7 @@ def test_ctrl_c_stops_all_at_the_same_step(
 
 
 REFUSALS = [
-    ("gpt", [*EXACT, "--batch-size", 3], "--batch-size 3 cannot be shared out evenly among 2"),
+    ("gpt", [*EXACT, "--batch-size", 3], "--batch-size 3 is no multiple of 2 processes"),
     ("bigram", SMALL, "bigram.py trains in one process: only gpt.py shares its work"),
 ]
 
