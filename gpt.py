@@ -96,13 +96,15 @@ class Cache:
     """The keys and values of the characters so far: sampling need not compute them again."""
 
     def __init__(self) -> None:
-        self.length = 0
         self.pair: Tensor | None = None  # keys and values: (2, B, H, S, D)
 
     def extend(self, pair: Tensor) -> Tensor:
         self.pair = pair if self.pair is None else torch.cat((self.pair, pair), dim=3)
-        self.length = self.pair.shape[3]
         return self.pair
+
+    @property
+    def length(self) -> int:
+        return 0 if self.pair is None else self.pair.shape[3]
 
 
 class BatchedMultiHeadAttention(nn.Module):

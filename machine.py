@@ -44,10 +44,8 @@ def pick_number_format(device: torch.device) -> torch.dtype:
 def portions_for(device: torch.device, rows: int, row_size: int, at_least: int) -> int:
     """How many equal portions of a batch's rows to learn from, one after the other."""
     limit = PORTION if device.type == "cpu" else rows * row_size
-    for count in range(at_least, rows + 1):
-        if rows % count == 0 and (rows // count * row_size <= limit or count == rows):
-            return count
-    raise ValueError("more portions than rows")
+    counts = (count for count in range(at_least, rows + 1) if rows % count == 0)
+    return next(count for count in counts if rows // count * row_size <= limit or count == rows)
 
 
 def operations(model: nn.Module, idx: torch.Tensor) -> int:

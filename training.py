@@ -141,6 +141,10 @@ class Run(Settings):
         self.compiled = True
         return compiled
 
+    @property
+    def format_name(self) -> str:
+        return str(self.number_format).removeprefix("torch.")
+
     def autocast(self) -> AbstractContextManager:
         """Inside, matrix products take their numbers in the run's format."""
         if self.number_format == torch.float32:
@@ -219,7 +223,7 @@ class Run(Settings):
             "config": asdict(self.config),
             "seed": self.seed,
             "device": self.device.type,
-            "number_format": str(self.number_format).removeprefix("torch."),
+            "number_format": self.format_name,
             "compiled": self.compiled,
             "processes": processes.COUNT,
             "corpus": corpus_record(self.corpus),
@@ -337,10 +341,9 @@ class Run(Settings):
         step = self.computing / self.computed_steps
         tokens = self.config.batch_size * self.config.block_size / step
         speed, top = self.operations / step, self.top_speed * processes.COUNT
-        name = str(self.number_format).removeprefix("torch.")
         print(
             f"{1000 * step:,.1f} ms a step, {tokens:,.0f} characters a second, {speed / 1e9:,.0f} "
-            f"GFLOP/s: {speed / top:.0%} of what a large {name} product reaches here"
+            f"GFLOP/s: {speed / top:.0%} of what a large {self.format_name} product reaches here"
         )
 
     def evaluate(self) -> None:
@@ -446,7 +449,7 @@ class Run(Settings):
             "batch_state": self.generator.get_state(),
             "device": self.device.type,
             "device_state": random_module(self.device).get_rng_state(),
-            "number_format": str(self.number_format).removeprefix("torch."),
+            "number_format": self.format_name,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)

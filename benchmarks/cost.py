@@ -70,7 +70,7 @@ def point() -> None:
     matrices = [part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)]
     attention = 12 * config.n_layer * config.n_embd * config.block_size
     result = {
-        "number_format": str(run.number_format).removeprefix("torch."),
+        "number_format": run.format_name,
         "portion": TOKENS // run.portion_count,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "operations": run.operations,

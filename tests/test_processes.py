@@ -18,6 +18,7 @@ from conftest import ROOT, SMALL, SMALL_MODEL
 
 import processes
 from common import UserError
+from run_folder import RUN_FILES
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="PyTorch for Windows lacks what torchrun meets through"
@@ -122,13 +123,7 @@ def test_two_processes_learn_what_one_does(
     # One folder, written by one of them, and no other.
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["gpt"]
     folder = tmp_path / "runs" / "gpt"
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "losses.csv",
-        "checkpoint.pt",
-        "best.pt",
-        "sample.txt",
-    }
+    assert {path.name for path in folder.iterdir()} == set(RUN_FILES)
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["processes"] == 2
     assert_same_progress(folder, tmp_path / "one")
     states = [
