@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -178,31 +179,31 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
                 torch.distributed.destroy_process_group()
             if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes one says it
                 sys.exit(2)
-            message = str(error)
+            refuse(str(error))
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                message = (
+                refuse(
                     "out of memory: make --batch-size, --block-size, --n-embd or --n-layer "
                     "smaller, or gpt.py's --grad-accumulation larger"
                 )
-            elif is_lost_process(error):
-                message = (
+            if is_lost_process(error):  # said in here, where torchrun's signal cannot end it yet
+                refuse(
                     "another process of this run has ended, so this one stops too; if the run had "
                     "begun, --resume goes on from its last checkpoint"
                 )
-            else:
-                raise
+            raise
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:  # the reader of our output has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        else:
-            return
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
 
     return wrapper
+
+
+def refuse(message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def is_lost_process(error: Exception) -> bool:
