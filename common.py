@@ -94,6 +94,12 @@ def default_corpus() -> Path:
     return fallback
 
 
+def known_entropy(corpus: Corpus) -> float | None:
+    """The loss below which no model gets on average; only Pocket Play's is known."""
+    is_pocket_play = Path(corpus.path).resolve() == DATA / "pocket_play.txt"
+    return pocket_play.entropy_per_character() if is_pocket_play else None
+
+
 def download(url: str, path: Path, sha256: str, time_limit: float = 60) -> None:
     """Fetch a file; it gets its name only when it is whole and its SHA-256 is right."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -56,8 +56,13 @@ SPECIAL_FIELDS = {
 }
 
 
-def parse_flags(config_class: type, presets: dict[str, Any] | None) -> argparse.Namespace:
-    """Read a stage's command line; of the config's fields the result has only those given."""
+def parse_flags(
+    config_class: type, presets: dict[str, Any] | None, words: list[str] | None = None
+) -> argparse.Namespace:
+    """Read a stage's command line, or these words as if they stood there.
+
+    Of the config's fields the result has only those given.
+    """
     module = inspect.getmodule(config_class)
     parser = Parser(module.__doc__.partition("\nSince ")[0])  # the diff is not for this place
     add_config_flags(parser, config_class, presets)
@@ -96,7 +101,7 @@ def parse_flags(config_class: type, presets: dict[str, Any] | None) -> argparse.
     )
     add_device_flag(group)
     add_sampling_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def add_config_flags(parser: Parser, config_class: type, presets: dict[str, Any] | None) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import Corpus, UserError, clear_errors
+from common import Corpus, UserError, clear_errors, load_corpus
 from flags import Parser
 from run_folder import replace
 
@@ -159,6 +159,11 @@ def code_points(texts: list[Path], sources: list[dict], bar: tqdm) -> Iterator[n
         if empty:
             raise UserError(f"the text {path} is empty")
         sources.append({"name": path.name, "bytes": size, "sha256": digest.hexdigest()})
+
+
+def open_text(path: Path | None) -> Corpus:
+    """What --data names: a text, or a prepared folder; None is the course's own text."""
+    return open_prepared(path) if path and path.is_dir() else load_corpus(path)
 
 
 def open_prepared(folder: Path) -> Corpus:

@@ -1,6 +1,7 @@
 """A run's folder: its files, how they are written, and how they are read again."""
 
 import itertools
+import math
 import os
 import re
 import time
@@ -14,6 +15,7 @@ from torch import nn
 from common import UserError
 
 RUN_FILES = ("config.json", "losses.csv", "checkpoint.pt", "best.pt", "sample.txt")
+LOSSES_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
 CHECKPOINT_FORMAT = "character-gpt-course-1"
 
 
@@ -71,13 +73,36 @@ def replace(source: Path, target: Path) -> None:
 
 
 def losses_csv(rows: list[dict[str, float]]) -> bytes:
-    lines = [",".join(rows[0])]
+    lines = [",".join(LOSSES_COLUMNS)]
     for row in rows:
         lines.append(
             f"{row['step']},{row['train_loss']:.6f},{row['val_loss']:.6f},"
             f"{row['learning_rate']:.6g},{row['tokens']},{row['seconds']:.2f}"
         )
     return ("\n".join(lines) + "\n").encode("utf-8")
+
+
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """Read the log of a run again."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is no text") from None
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            row = dict(zip(LOSSES_COLUMNS, map(float, line.split(",")), strict=True))
+            grows = not rows or row["step"] > rows[-1]["step"]
+            if not grows or not all(map(math.isfinite, row.values())):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"{path} is damaged in line {number}") from None
+        rows.append(row | {name: int(row[name]) for name in ("step", "tokens")})
+    if not rows or lines[0] != ",".join(LOSSES_COLUMNS):
+        raise UserError(f"{path} is damaged: it has no rows, or not the columns of a run")
+    return rows
 
 
 def read_checkpoint(path: Path) -> dict:

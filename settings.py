@@ -12,11 +12,10 @@ from common import (
     TINY_SHAKESPEARE_SHA256,
     Tokenizer,
     UserError,
-    load_corpus,
     pick_device,
 )
 from flags import flag, given_fields, parse_flags
-from prepare import open_prepared
+from prepare import open_text
 from run_folder import holds_run, newest_run, read_checkpoint, saved_config
 from sample import encode_prompt
 
@@ -135,7 +134,7 @@ class Settings:
             path = Path(self.saved["corpus"]["path"])
             if self.saved["corpus"]["sha256"] == TINY_SHAKESPEARE_SHA256:
                 path = None  # wherever it lay then, it can be had here
-        self.corpus = open_prepared(path) if path and path.is_dir() else load_corpus(path)
+        self.corpus = open_text(path)
         if self.saved and self.corpus.sha256 != self.saved["corpus"]["sha256"]:
             raise UserError(
                 f"{self.corpus.path} is not the text that the run in {self.folder} learns from "

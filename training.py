@@ -28,14 +28,7 @@ from tqdm import tqdm
 
 import machine
 import processes
-from common import (
-    DATA,
-    Corpus,
-    UserError,
-    draw_batch,
-    is_out_of_memory,
-)
-from data import pocket_play
+from common import Corpus, UserError, draw_batch, is_out_of_memory, known_entropy
 from flags import sampling_words
 from run_folder import (
     CHECKPOINT_FORMAT,
@@ -329,8 +322,7 @@ class Run(Settings):
         )
         if self.operations and self.computed_steps:
             self.print_speed()
-        if Path(self.corpus.path).resolve() == DATA / "pocket_play.txt":
-            bound = pocket_play.entropy_per_character()
+        if bound := known_entropy(self.corpus):
             print(f"the entropy of Pocket Play, below which no model gets on average: {bound:.4f}")
         load_weights(self.model, read_checkpoint(self.folder / "best.pt"))
         store_by_columns(self.model)

@@ -1,0 +1,137 @@
+"""The picture of a comparison: how the validation loss of each stage falls."""
+
+import io
+import statistics
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from comparison.runs import STAGES, Rung, TrainedRun
+
+AXES = {
+    "step": "training steps",
+    "seconds": "seconds of training",
+}
+LABEL_SIZE = 10.0
+
+
+class Theme(NamedTuple):
+    """Colours for a background: a stage has its own, from a scale whose steps also differ in
+    lightness, so that they can be told apart without seeing red and green."""
+
+    background: str
+    ink: str
+    faint: str
+    scale: str
+    first: float
+    last: float
+
+    def colour(self, stage: str) -> str:
+        share = STAGES.index(stage) / (len(STAGES) - 1)
+        scale = matplotlib.colormaps[self.scale]
+        return matplotlib.colors.to_hex(scale(self.first + share * (self.last - self.first)))
+
+
+THEMES = {
+    "light": Theme("#ffffff", "#1f2328", "#d0d7de", "inferno", 0.02, 0.64),
+    "dark": Theme("#0d1117", "#e6edf3", "#30363d", "plasma", 0.38, 1.0),
+}
+
+
+def picture(
+    groups: dict[Rung, list[TrainedRun]],
+    theme: Theme,
+    format: str,
+    axes: tuple[str, ...] = tuple(AXES),
+) -> bytes:
+    """A panel for each of `axes`, side by side."""
+    settings = {
+        "font.family": "DejaVu Sans",
+        "font.size": 11,
+        "svg.hashsalt": "curves",  # the same picture is the same file
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.edgecolor": theme.faint,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "axes.facecolor": theme.background,
+        "figure.facecolor": theme.background,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.6 * len(axes), 4.8), layout="constrained")
+        for panel, column in zip(
+            figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True
+        ):
+            draw(panel, groups, theme, column)
+        content = io.BytesIO()
+        metadata = {"Date": None} if format == "svg" else {}
+        figure.savefig(content, format=format, dpi=160, metadata=metadata)
+    return content.getvalue()
+
+
+def draw(panel: Axes, groups: dict[Rung, list[TrainedRun]], theme: Theme, column: str) -> None:
+    """Every rung's mean over its seeds, with a band from the best of them to the worst."""
+    ends = {}
+    for rung, runs in groups.items():
+        colour = theme.colour(rung.stage)
+        evaluations = list(zip(*(run.rows for run in runs), strict=True))  # across the seeds
+        x = [statistics.mean(row[column] for row in rows) for rows in evaluations]
+        losses = [[row["val_loss"] for row in rows] for rows in evaluations]
+        y = [statistics.mean(each) for each in losses]
+        low, high = ([extreme(each) for each in losses] for extreme in (min, max))
+        style = "--" if rung.is_variant else "-"
+        panel.plot(x, y, color=colour, linestyle=style, linewidth=2, gid=rung.name)
+        panel.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+        ends[rung] = (x[-1], y[-1])
+    # Untrained models guess. All that follows would be a strip at the bottom, so they are cut off.
+    trained = [row["val_loss"] for runs in groups.values() for run in runs for row in run.rows[1:]]
+    pad = 0.08 * (max(trained) - min(trained)) or 0.1
+    panel.set_ylim(min(trained) - pad, max(trained) + 2 * pad)
+    if column == "seconds":
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_xlabel(AXES[column])
+    panel.set_ylabel("validation loss (nats per character)")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color=theme.faint, linewidth=0.6)
+    panel.set_axisbelow(True)
+    label_ends(panel, ends, theme)
+
+
+def label_ends(panel: Axes, ends: dict[Rung, tuple[float, float]], theme: Theme) -> None:
+    """The name of each line where it ends, moved up or down where two would overlap."""
+    points = 72 * panel.figure.get_figheight() * 0.85 / (panel.get_ylim()[1] - panel.get_ylim()[0])
+    rungs = sorted(ends, key=lambda rung: ends[rung][1])
+    heights = [ends[rung][1] * points for rung in rungs]
+    for rung, height, moved in zip(rungs, heights, apart(heights, LABEL_SIZE * 1.3), strict=True):
+        colour = theme.colour(rung.stage)
+        panel.annotate(
+            rung.name,
+            ends[rung],
+            xytext=(14, moved - height),
+            textcoords="offset points",
+            verticalalignment="center",
+            color=colour,
+            size=LABEL_SIZE,
+            weight="bold",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "relpos": (0, 0.5), "shrinkB": 0},
+            bbox={"color": theme.background, "alpha": 0.8, "pad": 0.5, "linewidth": 0},
+        )
+
+
+def apart(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights, moved as little as possible until they are `gap` apart.
+
+    With i gaps taken off the i-th, they need only ascend: where they do not, neighbours share
+    their mean.
+    """
+    groups: list[list[float]] = []
+    for i, height in enumerate(heights):
+        groups.append([height - i * gap])
+        while len(groups) > 1 and statistics.mean(groups[-2]) > statistics.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    even = [statistics.mean(group) for group in groups for _ in group]
+    return [height + i * gap for i, height in enumerate(even)]

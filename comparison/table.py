@@ -1,0 +1,200 @@
+"""The table of a comparison: from the best evaluation of each run to a line for each stage."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from comparison.runs import RUNGS, Rung, TrainedRun
+
+
+class Result(NamedTuple):
+    """What one run came to: a row of the comparison's losses.csv."""
+
+    stage: str
+    flags: str
+    seed: int
+    parameters: int
+    step: int  # of its best evaluation, like the two losses
+    train_loss: float
+    val_loss: float
+    tokens: int  # of the whole run, like the seconds
+    seconds: float
+
+
+def results_of(groups: dict[Rung, list[TrainedRun]]) -> list[Result]:
+    return [
+        Result(
+            rung.stage,
+            rung.flags,
+            run.seed,
+            run.parameters,
+            *(run.best[name] for name in ("step", "train_loss", "val_loss")),
+            *(run.rows[-1][name] for name in ("tokens", "seconds")),
+        )
+        for rung, runs in groups.items()
+        for run in runs
+    ]
+
+
+def results_csv(results: list[Result]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([Result._fields, *results])
+    return text.getvalue().encode("utf-8")
+
+
+def read_results(path: Path) -> list[Result]:
+    """What results_csv wrote."""
+    types = Result.__annotations__.values()
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [Result(*(kind(cell) for kind, cell in zip(types, row, strict=True))) for row in rows]
+
+
+class Estimate(NamedTuple):
+    """A number and how uncertain it is; None where one run cannot tell."""
+
+    value: float
+    uncertainty: float | None
+
+    def __str__(self) -> str:
+        uncertainty = "" if self.uncertainty is None else f" ± {self.uncertainty:.3f}"
+        return f"{self.value:.3f}{uncertainty}"
+
+
+@dataclass
+class Line:
+    """A stage or a variant: the mean over its runs."""
+
+    rung: Rung
+    seeds: list[int]
+    losses: list[float]
+    parameters: int
+    train_loss: float
+    seconds: float
+    speed: float  # characters a second
+    gain: Estimate | None = None  # over the stage before
+
+    @property
+    def loss(self) -> Estimate:
+        """Mean and standard deviation of the validation losses."""
+        return Estimate(
+            statistics.mean(self.losses),
+            statistics.stdev(self.losses) if len(self.losses) > 1 else None,
+        )
+
+
+def lines_of(results: Iterable[Result]) -> list[Line]:
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.stage, result.flags), []).append(result)
+    lines: list[Line] = []
+    for rung in RUNGS:
+        if runs := groups.get((rung.stage, rung.flags)):
+            line = Line(
+                rung,
+                seeds=[run.seed for run in runs],
+                losses=[run.val_loss for run in runs],
+                parameters=runs[0].parameters,
+                train_loss=statistics.mean(run.train_loss for run in runs),
+                seconds=statistics.mean(run.seconds for run in runs),
+                speed=sum(run.tokens for run in runs) / max(1e-9, sum(run.seconds for run in runs)),
+            )
+            if before := stage_before(rung, lines):
+                line.gain = gain(before.losses, line.losses)
+            lines.append(line)
+    return lines
+
+
+def stage_before(rung: Rung, lines: list[Line]) -> Line | None:
+    """What a stage is compared with, and each of its variants too."""
+    others = [each for each in lines if each.rung.stage != rung.stage]
+    stages = [each for each in others if not each.rung.is_variant]
+    return stages[-1] if stages else None
+
+
+def gain(before: list[float], after: list[float]) -> Estimate:
+    """The difference of two means, and its standard error."""
+    difference = statistics.mean(before) - statistics.mean(after)
+    if min(len(before), len(after)) < 2:
+        return Estimate(difference, None)
+    variances = (statistics.variance(losses) / len(losses) for losses in (before, after))
+    return Estimate(difference, math.sqrt(sum(variances)))
+
+
+Table = list[list[str]]  # the headings, then a row for each line
+TEXT_COLUMNS = ("run", "what is new")  # the others are numbers
+DROPPED_FIRST = (
+    *("what is new", "characters a second", "bits per character", "train loss", "parameters"),
+    "seconds to train",
+)
+
+
+def table(lines: list[Line], entropy: float | None = None) -> Table:
+    """`entropy` is that of the text, where it is known."""
+    columns: dict[str, Callable[[Line], object]] = {
+        "run": lambda line: line.rung.command,
+        "what is new": lambda line: line.rung.new,
+        "parameters": lambda line: f"{line.parameters:,}",
+        "validation loss": lambda line: line.loss,
+        "gain": lambda line: line.gain or "",
+        "train loss": lambda line: f"{line.train_loss:.3f}",
+        "bits per character": lambda line: f"{line.loss.value / math.log(2):.3f}",
+        "seconds to train": lambda line: f"{line.seconds:,.1f}",
+        "characters a second": lambda line: f"{line.speed:,.0f}",
+    }
+    if entropy:
+        columns["above the entropy"] = lambda line: f"{line.loss.value - entropy:.3f}"
+    return [list(columns)] + [[str(column(line)) for column in columns.values()] for line in lines]
+
+
+def notes(lines: list[Line], text: str, device: str, versions: set[str]) -> list[str]:
+    """What a reader must know of the table, a sentence or two at a time."""
+    seeds = {line.rung.name: ", ".join(map(str, line.seeds)) for line in lines}
+    most = max(seeds.values(), key=list(seeds.values()).count)
+    others = "".join(f"; {name}: {has}" for name, has in seeds.items() if has != most)
+    pytorch = ", ".join(sorted(versions))
+    return [
+        f"Trained on {text} by PyTorch {pytorch} on {device}; seeds {most}{others}.",
+        "Validation loss: nats per character over the whole validation text, at a run's best "
+        "evaluation; mean ± standard deviation over the seeds. Train loss: over the batches before "
+        "it.",
+        "Gain: over the stage before, for variants too; ± the standard error of the difference.",
+        "Seconds: evaluations included, start-up not; small stages were trained side by side.",
+    ]
+
+
+def as_markdown(table: Table) -> str:
+    headings, *rows = table
+    rule = ["---" if heading in TEXT_COLUMNS else "---:" for heading in headings]
+    rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, rule, *rows]) + "\n"
+
+
+def as_text(table: Table, width: int) -> str:
+    """For a terminal: columns that do not fit are left out, the least important first."""
+    for heading in DROPPED_FIRST:
+        if len(text_lines(table)[0]) <= width:
+            break
+        i = table[0].index(heading)
+        table = [row[:i] + row[i + 1 :] for row in table]
+    return "\n".join(line.rstrip() for line in text_lines(table)) + "\n"
+
+
+def text_lines(table: Table) -> list[str]:
+    """All equally long; the words of a number's heading stand one below the other."""
+    height = max(len(heading.split()) for heading in table[0])
+    columns = []
+    for heading, *cells in zip(*table, strict=True):
+        is_text = heading in TEXT_COLUMNS
+        words = [heading] if is_text else heading.split()
+        cells = [""] * (height - len(words)) + words + cells
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
+    lines = ["  ".join(row) for row in zip(*columns, strict=True)]
+    return [*lines[:height], "-" * len(lines[0]), *lines[height:]]
