@@ -1,12 +1,12 @@
 """What each idea buys: train the stages that are missing, then compare them all.
 
-    python compare.py                        every stage with three seeds: some minutes
-    python compare.py --max-iters 200        a quick look
-    python compare.py --no-train             what is there already
+    python compare.py                              every stage, with three seeds
+    python compare.py --max-iters 200 --seeds 1    a quick look
+    python compare.py --no-train                   what is there already
 
-Prints a table, and writes it together with the curves and a page to look at: report.html. Runs that
-are there, below runs/, are not trained again; those of another text or with other settings are
-left out. Stop it whenever you like: the same command goes on from there.
+Prints a table, and writes it beside the curves and report.html, a page to look at. Runs that are
+there, below runs/, are not trained again; those of another text, of other settings or by another
+version of their script are left out. Stop it whenever you like: the same command goes on.
 """
 
 import argparse
@@ -30,8 +30,9 @@ from comparison.runs import STAGES, Found, Rung, Terms, TrainedRun, find_runs, r
 from comparison.table import as_markdown, as_text, lines_of, notes, results_csv, results_of, table
 from flags import COUNT, Parser, add_device_flag, add_sampling_flags
 from prepare import open_text
-from run_folder import holds_run, write_whole
+from run_folder import holds_run, write_together
 from sample import encode_prompt
+from training import duration
 
 ROOT = Path(__file__).resolve().parent
 RUNS = Path("runs", "compare")  # where the runs go that are trained here
@@ -86,6 +87,7 @@ def train(jobs: list[Job]) -> list[str]:
     """Do them all, the small ones side by side; return the names of those that failed."""
     at_once = min(MOST_AT_ONCE, torch.get_num_threads())
     waiting, running, failed, done = list(jobs), {}, [], 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         while waiting or running:
             while waiting and len(running) < (1 if waiting[0].alone else at_once):
@@ -106,6 +108,7 @@ def train(jobs: list[Job]) -> list[str]:
         raise
     finally:
         stop([process for process, _ in running.values()])
+        signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -194,7 +197,6 @@ def stages(text: str) -> tuple[str, ...]:
 
 @clear_errors
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     options = parse()
     corpus = open_text(options.data)
     seeds = range(1, (options.seeds or 3) + 1)
@@ -211,15 +213,17 @@ def main() -> None:
         print(f"left out: {line}")
     failed = []
     if not options.no_train and (jobs := jobs_for(terms, found)):
-        print(f"{len(jobs)} runs to train on {corpus.name}, {len(found.finished)} are there")
+        there = len(found.finished)
+        print(f"runs on {corpus.name}: {len(jobs)} to train, {there} there already", flush=True)
         began = time.perf_counter()
         failed = train(jobs)
-        print(f"trained for {(time.perf_counter() - began) / 60:.1f} minutes")
+        print(f"trained for {duration(time.perf_counter() - began)}")
         found = find_runs(terms, RUNS)
     if not found.finished:
+        others = "; the flags of the runs left out compare those" if found.left_out else ""
         raise UserError(
             f"nothing to compare: below {Path('runs').absolute()} there is no finished run of "
-            f"these stages on {corpus.name}; without --no-train they are trained"
+            f"these stages on {corpus.name}; without --no-train they are trained{others}"
         )
     write(found.by_rung(), corpus, prompt, options)
     if failed:
@@ -250,8 +254,7 @@ def write(
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {options.out}: {error.strerror}") from None
-    for name, content in files.items():
-        write_whole(options.out / name, content)
+    write_together({options.out / name: content for name, content in files.items()})
     print(f"the page to look at: {options.out / 'report.html'}")
 
 

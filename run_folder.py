@@ -1,5 +1,6 @@
 """A run's folder: its files, how they are written, and how they are read again."""
 
+import hashlib
 import itertools
 import math
 import os
@@ -48,15 +49,29 @@ def newest_run(stage: str) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
 
 
+def script_sha256(stage: str) -> str:
+    """Which version of its script makes a run; how its lines end does not count."""
+    text = Path(__file__).with_name(f"{stage}.py").read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file under a temporary name, then rename: nobody ever sees half of it."""
-    partial = path.with_name(path.name + ".part")
+    write_together({path: content})
+
+
+def write_together(contents: dict[Path, bytes | memoryview]) -> None:
+    """Several files like that: none gets its name before all are written."""
+    partials = {path: path.with_name(path.name + ".part") for path in contents}
     try:
         try:
-            partial.write_bytes(content)
-            replace(partial, path)
+            for path, content in contents.items():
+                partials[path].write_bytes(content)
+            for path, partial in partials.items():
+                replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

@@ -39,6 +39,7 @@ from run_folder import (
     losses_csv,
     make_free_folder,
     read_checkpoint,
+    script_sha256,
     write_whole,
 )
 from sample import store_by_columns, stream_sample
@@ -213,6 +214,7 @@ class Run(Settings):
             self.folder = processes.first_does(self.claim_folder)
         settings = {
             "stage": self.stage,
+            "script_sha256": script_sha256(self.stage),
             "config": asdict(self.config),
             "seed": self.seed,
             "device": self.device.type,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from common import Corpus, UserError
 from flags import flag, given_fields, parse_flags
-from run_folder import read_losses
+from run_folder import read_losses, script_sha256
 from sample import stage_module
 
 STAGES = (
@@ -62,6 +62,7 @@ class TrainedRun:
 
     folder: Path
     stage: str
+    script_sha256: str
     config: dict[str, Any]
     seed: int
     device: str
@@ -88,6 +89,7 @@ def read_run(folder: Path) -> TrainedRun:
         run = TrainedRun(
             folder,
             stage=settings["stage"],
+            script_sha256=settings.get("script_sha256", ""),
             config=dict(settings["config"]),
             seed=int(settings["seed"]),
             device=settings["device"],
@@ -146,6 +148,8 @@ class Terms:
             raise LeftOut("no stage that is compared")
         if run.sha256 != self.corpus.sha256:
             raise LeftOut(f"learnt another text, {run.corpus}")
+        if run.script_sha256 != script_sha256(run.stage):
+            raise LeftOut(f"made by another version of {run.stage}.py")
         if run.init_from:
             raise LeftOut("started from the weights of another run")
         differences = {rung: different_settings(run.config, self.config(rung)) for rung in rungs}

@@ -158,9 +158,10 @@ def notes(lines: list[Line], text: str, device: str, versions: set[str]) -> list
     seeds = {line.rung.name: ", ".join(map(str, line.seeds)) for line in lines}
     most = max(seeds.values(), key=list(seeds.values()).count)
     others = "".join(f"; {name}: {has}" for name, has in seeds.items() if has != most)
+    word = "seeds" if "," in most else "seed"
     pytorch = ", ".join(sorted(versions))
     return [
-        f"Trained on {text} by PyTorch {pytorch} on {device}; seeds {most}{others}.",
+        f"Trained on {text} by PyTorch {pytorch} on {device}; {word} {most}{others}.",
         "Validation loss: nats per character over the whole validation text, at a run's best "
         "evaluation; mean ± standard deviation over the seeds. Train loss: over the batches before "
         "it.",

@@ -25,6 +25,18 @@ SMALL_MODEL = {stage: ["--n-embd", "8"] for stage in STAGES}
 SMALL_MODEL["bigram"] = []
 SMALL_MODEL["gpt"] = "--n-embd 8 --n-head 2 --n-layer 2 --dropout 0.1 --warmup-iters 5".split()
 
+COMPARE_STEPS = 20
+COMPARE = [
+    "--data",
+    "text.txt",
+    "--max-iters",
+    COMPARE_STEPS,
+    "--device",
+    "cpu",
+    "--sample-length",
+    50,
+]
+
 torch.set_num_threads(1)  # the models here are tiny
 
 
@@ -70,16 +82,30 @@ def small_run(run: Callable) -> Callable:
     return call
 
 
-def start(script: str, *flags: object, cwd: Path) -> subprocess.Popen:
+def start(script: str, *flags: object, cwd: Path, threads: int = 1) -> subprocess.Popen:
     """Start a script as its own process."""
     return subprocess.Popen(
         [sys.executable, ROOT / f"{script}.py", *(str(flag) for flag in flags)],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
     )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, all stages trained on it with two seeds, and their comparison."""
+    folder = tmp_path_factory.mktemp("trained")
+    lines = (f'{i}: <script>alert({i * 7 % 13})</script> & "é"\n' for i in range(300))
+    (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+    process = start("compare", *COMPARE, "--seeds", 2, cwd=folder, threads=2)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert errors == ""
+    (folder / "output.txt").write_text(output, encoding="utf-8")
+    return folder
 
 
 def files(folder: Path) -> dict[Path, bytes]:

@@ -1,9 +1,9 @@
 """The README keeps its word: what it says to type works, what it says was measured was."""
 
-import csv
+import itertools
+import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, STAGES
+
+from comparison.table import as_markdown, lines_of, read_results, table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOT_OURS = (  # files of the reader's, and of a run
@@ -29,29 +31,26 @@ LIMITS = {  # of the mean validation loss, for the course to be what it says it 
 }
 
 
-def reference_losses() -> dict[tuple[str, str], list[float]]:
-    losses: dict[tuple[str, str], list[float]] = {}
-    with (ROOT / "data" / "losses.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            losses.setdefault((row["stage"], row["flags"]), []).append(float(row["val_loss"]))
-    return losses
+REFERENCE = {
+    (line.rung.stage, line.rung.flags): line
+    for line in lines_of(read_results(ROOT / "data" / "losses.csv"))
+}
 
 
 def test_the_table_is_what_the_reference_losses_give() -> None:
-    for (stage, flags), losses in reference_losses().items():
-        assert len(losses) == 3
-        command = f"{stage}.py {flags}".strip()
-        row = re.search(rf"\| `{re.escape(command)}` \|.* \| (\S+ ± \S+) \|", README)
-        assert row[1] == f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+    assert {tuple(line.seeds) for line in REFERENCE.values()} == {(1, 2, 3)}
+    assert as_markdown(table(list(REFERENCE.values()))) in README
 
 
-def test_each_stage_is_better_than_the_one_before() -> None:
-    losses = reference_losses()
-    means = [statistics.mean(losses[stage, ""]) for stage in STAGES[:-1]]
-    means.append(statistics.mean(losses["gpt", "--preset small"]))
-    assert means == sorted(means, reverse=True)
-    plain = statistics.mean(losses["residual", "--no-residual"])
-    assert plain > statistics.mean(losses["feed_forward", ""])
+def test_each_stage_is_better_than_the_one_before_by_more_than_the_seeds_spread() -> None:
+    stages = [line for line in REFERENCE.values() if not line.rung.is_variant]
+    assert [line.rung.stage for line in stages] == list(STAGES)
+    for before, after in itertools.pairwise(stages):
+        spread = math.hypot(before.loss.uncertainty, after.loss.uncertainty)
+        assert before.loss.value - after.loss.value > spread
+        assert max(after.losses) < min(before.losses)  # the worst seed beats the best one there
+    plain = REFERENCE["residual", "--no-residual"].losses
+    assert min(plain) > max(REFERENCE["feed_forward", ""].losses)
 
 
 @pytest.mark.parametrize("run", LIMITS, ids=" ".join)
@@ -59,7 +58,7 @@ def test_a_stage_reaches_what_it_must(run: tuple[str, str], request: pytest.Fixt
     if run[0] == "feed_forward":
         miss = pytest.mark.xfail(strict=True, reason="these three seeds come to 2.2002")
         request.applymarker(miss)
-    assert statistics.mean(reference_losses()[run]) <= LIMITS[run]
+    assert REFERENCE[run].loss.value <= LIMITS[run]
 
 
 def test_the_python_lines_work(small_run: Callable, tmp_path: Path) -> None:
@@ -84,7 +83,7 @@ def test_every_flag_that_it_names_exists(run: Callable) -> None:
         *("--no-index", "--extra-index-url", "--nanogpt"),
         *("--nproc", "--nnodes", "--rdzv"),  # torchrun's own
     }
-    scripts = [*STAGES, "sample", "prepare", "export"]
+    scripts = [*STAGES, "sample", "prepare", "export", "compare"]
     helps = "".join(run(script, "--help")[1] for script in scripts)
     assert len(flags) > 15
     assert not [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", helps)]
