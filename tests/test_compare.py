@@ -160,10 +160,13 @@ def test_it_goes_on_where_it_was_stopped(
     assert errors == ""
     steps = [int(losses(folder)[-1].split(",")[0]) for folder in folders]
     assert min(steps) < 600, "it was not stopped in time to see anything"
+    began = [(folder / "losses.csv").read_text(encoding="utf-8") for folder in folders]
 
     code, output, _ = run("compare", *flags)
     assert code == 0
     assert f"{sum(step < 600 for step in steps)} to train" in output
+    for folder, lines in zip(folders, began, strict=True):  # even the seconds: not begun again
+        assert (folder / "losses.csv").read_text(encoding="utf-8").startswith(lines)
     alone = ["--max-iters", 600, "--eval-interval", 60, "--data", "text.txt", "--out", "alone"]
     assert run("residual", *alone)[0] == 0
     assert losses(folders[0]) == losses(Path("alone"))
