@@ -12,18 +12,25 @@ version of their script are left out. Stop it whenever you like: the same comman
 import argparse
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
 
-from common import Corpus, Tokenizer, UserError, clear_errors, known_entropy, pick_device
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
+from common import Tokenizer, UserError, clear_errors, known_entropy, pick_device
 from comparison.curves import THEMES, picture
 from comparison.report import first_line, report
 from comparison.runs import STAGES, Found, Rung, Terms, TrainedRun, find_runs, read_run
@@ -31,7 +38,7 @@ from comparison.table import as_markdown, as_text, lines_of, notes, results_csv,
 from flags import COUNT, Parser, add_device_flag, add_sampling_flags
 from prepare import open_text
 from run_folder import holds_run, write_together
-from sample import encode_prompt
+from sample import encode_prompt, first_prompt
 from training import duration
 
 ROOT = Path(__file__).resolve().parent
@@ -54,11 +61,9 @@ class Job(NamedTuple):
 
 
 def jobs_for(terms: Terms, found: Found) -> list[Job]:
-    """The runs that are missing; all stages with the first seed, then with the second."""
-    other_preset = f"--preset {'full' if terms.device == 'cpu' else 'small'}"
-    rungs = [rung for rung in terms.rungs() if rung.flags != other_preset]
+    """The runs that are missing: all with the first seed, then with the second; gpt last."""
     jobs = []
-    for seed, rung in itertools.product(terms.seeds, rungs):
+    for seed, rung in itertools.product(terms.seeds, terms.to_train()):
         if (rung, seed) in found.finished:
             continue
         if unfinished := found.unfinished.get((rung, seed)):
@@ -83,7 +88,23 @@ def free_folder(terms: Terms, rung: Rung, seed: int) -> Path:
             return folder
 
 
-def train(jobs: list[Job]) -> list[str]:
+def lock() -> IO[str]:
+    """Only one comparison trains here at a time; its runs hold this too, should they outlive it."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    file = (RUNS / "lock").open("w", encoding="utf-8")
+    if fcntl is None:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another compare.py, or a run that it started, is at work in {RUNS.absolute()}: "
+            "wait for its end, or stop it"
+        ) from None
+    return file
+
+
+def train(jobs: list[Job], locked: int) -> list[str]:
     """Do them all, the small ones side by side; return the names of those that failed."""
     at_once = min(MOST_AT_ONCE, torch.get_num_threads())
     waiting, running, failed, done = list(jobs), {}, [], 0
@@ -92,16 +113,22 @@ def train(jobs: list[Job]) -> list[str]:
         while waiting or running:
             while waiting and len(running) < (1 if waiting[0].alone else at_once):
                 job = waiting.pop(0)
-                running[job] = start(job)
+                if job.alone:
+                    print(f"now {job.name}, which takes longest", flush=True)
+                running[job] = start(job, locked)
             time.sleep(0.05)
             for job, (process, errors) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[job]
                 done += 1
-                outcome = result_of(job) if process.returncode == 0 else failure(errors)
-                if process.returncode:
+                try:
+                    if process.returncode:
+                        raise UserError(last_words(errors))
+                    outcome = result_of(job)
+                except UserError as error:
                     failed.append(job.name)
+                    outcome = f"FAILED: {error}"
                 print(f"[{done}/{len(jobs)}] {job.name}: {outcome}", flush=True)
     except KeyboardInterrupt:
         print("stopping; the same command goes on from there", flush=True)
@@ -112,7 +139,7 @@ def train(jobs: list[Job]) -> list[str]:
     return failed
 
 
-def start(job: Job) -> tuple[subprocess.Popen, IO[bytes]]:
+def start(job: Job, locked: int) -> tuple[subprocess.Popen, IO[bytes]]:
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (read when it has ended)
     script = ROOT / f"{job.rung.stage}.py"
     threads = {} if job.alone else {"OMP_NUM_THREADS": "1"}
@@ -121,6 +148,7 @@ def start(job: Job) -> tuple[subprocess.Popen, IO[bytes]]:
         stdout=subprocess.DEVNULL,
         stderr=errors,
         env=os.environ | threads,
+        pass_fds=() if fcntl is None else (locked,),
     )
     return process, errors
 
@@ -130,11 +158,12 @@ def result_of(job: Job) -> str:
     return f"validation loss {run.best['val_loss']:.3f} in {run.rows[-1]['seconds']:.1f} s"
 
 
-def failure(errors: IO[bytes]) -> str:
-    """The last line that a script said before it gave up."""
+def last_words(errors: IO[bytes]) -> str:
+    """The line that a script ended with; where it broke down instead, all that Python says."""
     errors.seek(0)
-    lines = errors.read().decode("utf-8", errors="replace").split("\n")
-    return "FAILED: " + next((line for line in reversed(lines) if line.strip()), "without a word")
+    words = errors.read().decode("utf-8", errors="replace").strip() or "without a word"
+    last = words.splitlines()[-1]
+    return last if ".py: " in last else words
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
@@ -176,9 +205,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=RUNS,
         metavar="DIR",
-        help=f"where table, curves and report go (default {RUNS})",
+        help=f"where table, curves and report go (default {RUNS} / name of the text)",
     )
     add_device_flag(parser)
     add_sampling_flags(parser)
@@ -202,60 +230,103 @@ def main() -> None:
     seeds = range(1, (options.seeds or 3) + 1)
     if options.no_train and not options.seeds:
         seeds = None
-    device = pick_device(options.device or "auto").type
+    device = options.device or "auto"
+    if device == "auto" or not options.no_train:
+        device = pick_device(device).type
     terms = Terms(corpus, device, options.stages, seeds, options.max_iters)
+    tokenizer = Tokenizer(corpus.vocabulary)
+    prompt = options.prompt or first_line(corpus) or first_prompt(tokenizer)
+    encode_prompt(tokenizer, prompt)  # what is wrong is refused now rather than at the end
+    out = options.out or RUNS / corpus.name
 
-    prompt = options.prompt or first_line(corpus)
-    encode_prompt(Tokenizer(corpus.vocabulary), prompt)  # refused now rather than at the end
-
-    found = find_runs(terms, RUNS)
-    for line in found.left_out:
-        print(f"left out: {line}")
-    failed = []
-    if not options.no_train and (jobs := jobs_for(terms, found)):
-        there = len(found.finished)
-        print(f"runs on {corpus.name}: {len(jobs)} to train, {there} there already", flush=True)
-        began = time.perf_counter()
-        failed = train(jobs)
-        print(f"trained for {duration(time.perf_counter() - began)}")
-        found = find_runs(terms, RUNS)
+    found, failed = find_runs(terms, RUNS), []
+    say_left_out(found.left_out)
+    if options.no_train:
+        say_left_out([f"{run.folder}: unfinished" for run in found.unfinished.values()])
+        there = {rung for rung, _ in found.finished}
+        lacking = [rung.name for rung in terms.to_train() if rung not in there]
+        if there and lacking:
+            print(f"not there: {', '.join(lacking)}")
+    else:
+        make_folder(out)  # where it cannot be made, better now than at the end
+        found, failed = train_missing(terms, found)
+    not_trained = UserError(f"not trained: {'; '.join(failed)} (the lines marked FAILED say why)")
+    if failed and not found.finished:
+        raise not_trained
     if not found.finished:
-        others = "; the flags of the runs left out compare those" if found.left_out else ""
+        shorter = re.search(r"made with (--max-iters \d+) --eval-interval", str(found.left_out))
         raise UserError(
             f"nothing to compare: below {Path('runs').absolute()} there is no finished run of "
-            f"these stages on {corpus.name}; without --no-train they are trained{others}"
+            f"these stages on {corpus.name}; "
+            + (f"add {shorter[1]} for those that are" if shorter else "leave out --no-train")
         )
-    write(found.by_rung(), corpus, prompt, options)
+    make_folder(out)
+    write(found.by_rung(), terms, prompt, options, out)
     if failed:
-        raise UserError(f"not trained: {'; '.join(failed)} (the lines marked FAILED say why)")
+        raise not_trained
+
+
+def train_missing(terms: Terms, found: Found) -> tuple[Found, list[str]]:
+    """What is there afterwards, and the names of the runs that failed."""
+    jobs = jobs_for(terms, found)
+    print(f"runs on {terms.corpus.name}: {len(jobs)} to train, {len(found.finished)} there already")
+    if not jobs:
+        return found, []
+    with lock() as file:
+        began = time.perf_counter()
+        failed = train(jobs, file.fileno())
+        print(f"trained for {duration(time.perf_counter() - began)}")
+    after = find_runs(terms, RUNS)
+    say_left_out([line for line in after.left_out if line not in found.left_out])
+    return after, failed
+
+
+def make_folder(out: Path) -> None:
+    """For the comparison's files, two of which have the names of a run's."""
+    if (out / "config.json").exists() or (out / "checkpoint.pt").exists():
+        raise UserError(f"{out} holds a run: name another folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def say_left_out(lines: list[str]) -> None:
+    for line in lines:
+        print(f"left out: {line}")
 
 
 def write(
-    groups: dict[Rung, list[TrainedRun]], corpus: Corpus, prompt: str, options: argparse.Namespace
+    groups: dict[Rung, list[TrainedRun]],
+    terms: Terms,
+    prompt: str,
+    options: argparse.Namespace,
+    out: Path,
 ) -> None:
     """Print the table, and write all that a comparison leaves."""
     results = results_of(groups)
     lines = lines_of(results)
-    rows = table(lines, known_entropy(corpus))
+    rows = table(lines, known_entropy(terms.corpus))
     runs = [run for runs in groups.values() for run in runs]
-    remarks = notes(lines, corpus.name, runs[0].device, {run.torch for run in runs})
-    print("\n" + as_text(rows, shutil.get_terminal_size((160, 24)).columns))
-    print("\n".join(remarks))
-    page = report(groups, lines, rows, remarks, corpus, prompt, options)
+    remarks = notes(lines, runs)
+    warning = terms.warning()
+    width = shutil.get_terminal_size((160, 24)).columns
+    print("\n" + as_text(rows, width))
+    for remark in filter(None, [*remarks, warning]):
+        print(textwrap.fill(remark, width))
+    page = report(groups, lines, rows, warning, remarks, terms.corpus, prompt, options)
     files = {
         "losses.csv": results_csv(results),
-        "table.md": "\n".join([as_markdown(rows), *remarks, ""]).encode("utf-8"),
+        "table.md": "\n".join([as_markdown(rows), *remarks, warning]).encode(
+            "utf-8", errors="replace"
+        ),
         "curves.svg": picture(groups, THEMES["light"], "svg"),
         "curves-dark.svg": picture(groups, THEMES["dark"], "svg"),
         "curves.png": picture(groups, THEMES["light"], "png"),
         "report.html": page,
     }
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {options.out}: {error.strerror}") from None
-    write_together({options.out / name: content for name, content in files.items()})
-    print(f"the page to look at: {options.out / 'report.html'}")
+    write_together({out / name: content for name, content in files.items()})
+    print(f"the page to look at: {out / 'report.html'}")
 
 
 if __name__ == "__main__":

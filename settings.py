@@ -1,7 +1,7 @@
 """What is decided before a run starts: its settings, its folder, the text and its vocabulary."""
 
 import inspect
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from common import (
 )
 from flags import flag, given_fields, parse_flags
 from prepare import open_text
-from run_folder import holds_run, newest_run, read_checkpoint, saved_config
+from run_folder import holds_run, newest_run, read_checkpoint, saved_config, script_sha256
 from sample import encode_prompt
 
 MAY_CHANGE_ON_RESUME = (
@@ -27,6 +27,10 @@ MAY_CHANGE_FROM_A_SOURCE = (
     *MAY_CHANGE_ON_RESUME,
     *("dropout", "batch_size", "learning_rate", "warmup_iters", "weight_decay", "gradient_clip"),
 )
+
+
+def preset_for(device: str) -> str:
+    return "small" if device == "cpu" else "full"
 
 
 class Settings:
@@ -64,7 +68,7 @@ class Settings:
         if self.options.init_from:
             self.take_source(config_class)
         elif presets:
-            preset = self.options.preset or ("small" if self.device.type == "cpu" else "full")
+            preset = self.options.preset or preset_for(self.device.type)
             chosen = "" if self.options.preset else f", chosen for {self.device.type}"
             self.preset = f"preset {preset}{chosen}"
             self.config = presets[preset]
@@ -126,6 +130,20 @@ class Settings:
                 f"--max-iters must be at least that, not {self.config.max_iters}"
             )
         self.seed = self.saved["seed"]
+
+    def find_origin(self) -> dict[str, Any]:
+        """What a run's losses owe to more than its settings, from its first step on."""
+        script = script_sha256(self.stage)
+        if not self.saved:
+            init_from = str(self.options.init_from or "")
+            return {"init_from": init_from, "script_sha256": script, "changed_on_resume": []}
+        origin = self.saved.get("origin", {"init_from": "", "script_sha256": ""})
+        changed = set(origin.get("changed_on_resume", []))
+        now = asdict(self.config)
+        changed |= {flag(name) for name, old in self.saved["config"].items() if now[name] != old}
+        if origin["script_sha256"] != script:
+            changed.add("script")
+        return origin | {"changed_on_resume": sorted(changed)}
 
     def load_text(self) -> None:
         """The corpus in its two parts, and the tokenizer that the model reads it with."""

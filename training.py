@@ -39,7 +39,6 @@ from run_folder import (
     losses_csv,
     make_free_folder,
     read_checkpoint,
-    script_sha256,
     write_whole,
 )
 from sample import store_by_columns, stream_sample
@@ -65,6 +64,7 @@ class Run(Settings):
         self.loss_sum, self.loss_count = 0.0, 0  # of the batches since the last row
         self.pending = []  # losses that are not yet in this sum
         self.computing, self.computed_steps = 0.0, 0  # seconds and steps between evaluations
+        self.origin = self.find_origin()
         self.plan_steps()
         torch.manual_seed(self.seed)  # the weights and the dropout draw from this,
         self.generator = torch.Generator().manual_seed(self.seed)  # the batches from their own
@@ -214,7 +214,7 @@ class Run(Settings):
             self.folder = processes.first_does(self.claim_folder)
         settings = {
             "stage": self.stage,
-            "script_sha256": script_sha256(self.stage),
+            **self.origin,
             "config": asdict(self.config),
             "seed": self.seed,
             "device": self.device.type,
@@ -222,7 +222,6 @@ class Run(Settings):
             "compiled": self.compiled,
             "processes": processes.COUNT,
             "corpus": corpus_record(self.corpus),
-            "init_from": str(self.options.init_from or ""),
             "parameters": parameters,
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
@@ -430,6 +429,7 @@ class Run(Settings):
             "stage": self.stage,
             "config": asdict(self.config),
             "seed": self.seed,
+            "origin": self.origin,
             "corpus": corpus_record(self.corpus),
             "vocabulary": self.tokenizer.vocabulary,
             "model": self.model.state_dict(),

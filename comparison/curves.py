@@ -18,25 +18,31 @@ LABEL_SIZE = 10.0
 
 
 class Theme(NamedTuple):
-    """Colours for a background: a stage has its own, from a scale whose steps also differ in
-    lightness, so that they can be told apart without seeing red and green."""
+    """Colours for a background. Those of the stages are as far apart as can be for all readers,
+    whether they tell red from green or not, and each stage has the same hue in both themes."""
 
     background: str
     ink: str
     faint: str
-    scale: str
-    first: float
-    last: float
+    colours: tuple[str, ...]
 
     def colour(self, stage: str) -> str:
-        share = STAGES.index(stage) / (len(STAGES) - 1)
-        scale = matplotlib.colormaps[self.scale]
-        return matplotlib.colors.to_hex(scale(self.first + share * (self.last - self.first)))
+        return self.colours[STAGES.index(stage)]
 
 
 THEMES = {
-    "light": Theme("#ffffff", "#1f2328", "#d0d7de", "inferno", 0.02, 0.64),
-    "dark": Theme("#0d1117", "#e6edf3", "#30363d", "plasma", 0.38, 1.0),
+    "light": Theme(
+        "#ffffff",
+        "#1f2328",
+        "#d0d7de",
+        ("#340934", "#200376", "#0678ea", "#597603", "#590202", "#ae4293", "#df4c71"),
+    ),
+    "dark": Theme(
+        "#0d1117",
+        "#e6edf3",
+        "#30363d",
+        ("#f6cbf6", "#7a4ffa", "#4fa5fa", "#b1ea06", "#ea0606", "#ae4293", "#fa4f7a"),
+    ),
 }
 
 
@@ -82,7 +88,8 @@ def draw(panel: Axes, groups: dict[Rung, list[TrainedRun]], theme: Theme, column
         y = [statistics.mean(each) for each in losses]
         low, high = ([extreme(each) for each in losses] for extreme in (min, max))
         style = "--" if rung.is_variant else "-"
-        panel.plot(x, y, color=colour, linestyle=style, linewidth=2, gid=rung.name)
+        gid = "-".join([column, *rung.name.split()])
+        panel.plot(x, y, color=colour, linestyle=style, linewidth=2, gid=gid)
         panel.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
         ends[rung] = (x[-1], y[-1])
     # Untrained models guess. All that follows would be a strip at the bottom, so they are cut off.

@@ -5,6 +5,7 @@ import ast
 import base64
 import difflib
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ def report(
     groups: dict[Rung, list[TrainedRun]],
     lines: list[Line],
     table: Table,
+    warning: str,
     notes: list[str],
     corpus: Corpus,
     prompt: str,
@@ -39,6 +41,7 @@ def report(
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    environment.filters["prose"] = prose
     page = environment.get_template("report.html").render(
         corpus=corpus,
         steps=[step(number, stages) for number in range(len(STAGES))],
@@ -58,6 +61,7 @@ def report(
         },
         table=table,
         text_columns=TEXT_COLUMNS,
+        warning=warning,
         notes=notes,
         prompt=prompt,
         samples=[
@@ -68,7 +72,7 @@ def report(
         options=options,
         zip=zip,
     )
-    return page.encode("utf-8", errors="replace")
+    return page.replace("\0", "\ufffd").encode("utf-8", errors="replace")
 
 
 def data_address(svg: bytes) -> str:
@@ -85,7 +89,11 @@ def step(number: int, stages: dict[str, Line]) -> dict[str, Any]:
         "number": number + 1,
         "stage": stage,
         "title": title.partition(": ")[2].rstrip("."),
-        "paragraphs": [prose(each) for each in paragraphs if not each.startswith((" ", "Since "))],
+        "paragraphs": [
+            {"is_code": each.startswith(" "), "text": textwrap.dedent(each)}
+            for each in paragraphs
+            if not each.startswith("Since ")
+        ],
         "line": stages.get(stage),
         "before": before,
         "code": list(difference(read_code(before), code)) if before else plain(code),
@@ -109,7 +117,7 @@ def read_source(stage: str) -> str:
 
 def prose(paragraph: str) -> Markup:
     """What stands between backticks is code."""
-    text = str(escape(" ".join(paragraph.split())))
+    text = str(escape(paragraph))
     return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", text))
 
 

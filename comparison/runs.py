@@ -1,7 +1,6 @@
 """Which runs a comparison wants, which are there, and which are left out and why."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from common import Corpus, UserError
 from flags import flag, given_fields, parse_flags
 from run_folder import read_losses, script_sha256
 from sample import stage_module
+from settings import preset_for
 
 STAGES = (
     "bigram",
@@ -62,14 +62,16 @@ class TrainedRun:
 
     folder: Path
     stage: str
-    script_sha256: str
     config: dict[str, Any]
     seed: int
     device: str
     corpus: str
     sha256: str
     init_from: str
+    script_sha256: str
+    changed_on_resume: list[str]
     parameters: int
+    number_format: str
     torch: str
     rows: list[dict[str, float]]  # of losses.csv
 
@@ -89,14 +91,16 @@ def read_run(folder: Path) -> TrainedRun:
         run = TrainedRun(
             folder,
             stage=settings["stage"],
-            script_sha256=settings.get("script_sha256", ""),
             config=dict(settings["config"]),
             seed=int(settings["seed"]),
             device=settings["device"],
             corpus=settings["corpus"]["name"],
             sha256=settings["corpus"]["sha256"],
             init_from=settings["init_from"],
+            script_sha256=settings.get("script_sha256", ""),
+            changed_on_resume=list(settings.get("changed_on_resume", [])),
             parameters=int(settings["parameters"]),
+            number_format=settings["number_format"],
             torch=settings["versions"]["torch"],
             rows=[],
         )
@@ -125,6 +129,10 @@ class Terms:
     def rungs(self) -> list[Rung]:
         return [rung for rung in RUNGS if rung.stage in self.stages]
 
+    def to_train(self) -> list[Rung]:
+        preset = f"--preset {preset_for(self.device)}"
+        return [rung for rung in self.rungs() if rung.stage != "gpt" or rung.flags == preset]
+
     def flags(self, rung: Rung) -> list[str]:
         """What makes a run of it, seed and text apart."""
         words = rung.flags.split()
@@ -141,23 +149,39 @@ class Terms:
         given = given_fields(options, module.Config)
         return asdict(replace(config, **given, vocab_size=len(self.corpus.vocabulary)))
 
+    def warning(self) -> str:
+        """Fewer steps than a stage is made for say little."""
+        usual = {replace(self, max_iters=None).config(rung)["max_iters"] for rung in RUNGS}
+        if not self.max_iters or self.max_iters >= min(usual):
+            return ""
+        return (
+            f"A quick look: {self.max_iters} steps instead of {min(usual)} to {max(usual)}. Which "
+            "stage is better shows only when all have learnt."
+        )
+
     def place(self, run: TrainedRun) -> Rung:
         """The rung that a run belongs to."""
         rungs = [rung for rung in self.rungs() if rung.stage == run.stage]
         if not rungs:
-            raise LeftOut("no stage that is compared")
+            raise LeftOut("")  # as --stages asks for
         if run.sha256 != self.corpus.sha256:
             raise LeftOut(f"learnt another text, {run.corpus}")
         if run.script_sha256 != script_sha256(run.stage):
             raise LeftOut(f"made by another version of {run.stage}.py")
         if run.init_from:
             raise LeftOut("started from the weights of another run")
+        if run.changed_on_resume:
+            raise LeftOut(f"resumed with another {', '.join(run.changed_on_resume)}")
         differences = {rung: different_settings(run.config, self.config(rung)) for rung in rungs}
         rung = min(rungs, key=lambda rung: len(differences[rung]))
         if differences[rung]:
             raise LeftOut(f"made with {' '.join(differences[rung])}")
         if run.device != self.device:
             raise LeftOut(f"made on {run.device}, and this comparison is for {self.device}")
+        last = run.config["max_iters"]
+        steps = [*range(0, last, run.config["eval_interval"]), last]
+        if [row["step"] for row in run.rows] != steps[: len(run.rows)]:
+            raise LeftOut("its losses.csv holds other steps than its settings ask for")
         if self.seeds and run.seed not in self.seeds:
             raise LeftOut(f"made with --seed {run.seed}")
         return rung
@@ -195,7 +219,7 @@ def find_runs(terms: Terms, own: Path) -> Found:
     """Sort the runs below runs/; those in `own` may be resumed where they are unfinished."""
     found = Found()
     reasons: dict[str, list[str]] = {}
-    for folder in run_folders():
+    for folder in sorted(path.parent for path in Path("runs").rglob("config.json")):
         try:
             run = read_run(folder)
             key = terms.place(run), run.seed
@@ -208,6 +232,8 @@ def find_runs(terms: Terms, own: Path) -> Found:
             else:
                 raise LeftOut("unfinished, or still running")
         except LeftOut as reason:
+            if not str(reason):
+                continue
             reasons.setdefault(str(reason), []).append(str(folder))
         except UserError as error:
             found.left_out.append(str(error))
@@ -215,7 +241,3 @@ def find_runs(terms: Terms, own: Path) -> Found:
         more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
         found.left_out.append(f"{', '.join(folders[:3])}{more}: {reason}")
     return found
-
-
-def run_folders() -> Iterator[Path]:
-    yield from sorted(path.parent for path in Path("runs").rglob("config.json"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from comparison.runs import RUNGS, Rung, TrainedRun
+from comparison.runs import RUNGS, STAGES, Rung, TrainedRun
 
 
 class Result(NamedTuple):
@@ -78,7 +78,8 @@ class Line:
     train_loss: float
     seconds: float
     speed: float  # characters a second
-    gain: Estimate | None = None  # over the stage before
+    before: Rung | None = None  # the stage that the gain is over
+    gain: Estimate | None = None
 
     @property
     def loss(self) -> Estimate:
@@ -106,7 +107,7 @@ def lines_of(results: Iterable[Result]) -> list[Line]:
                 speed=sum(run.tokens for run in runs) / max(1e-9, sum(run.seconds for run in runs)),
             )
             if before := stage_before(rung, lines):
-                line.gain = gain(before.losses, line.losses)
+                line.before, line.gain = before.rung, gain(before.losses, line.losses)
             lines.append(line)
     return lines
 
@@ -119,7 +120,7 @@ def stage_before(rung: Rung, lines: list[Line]) -> Line | None:
 
 
 def gain(before: list[float], after: list[float]) -> Estimate:
-    """The difference of two means, and its standard error."""
+    """The difference of two means, and its standard error as of independent runs."""
     difference = statistics.mean(before) - statistics.mean(after)
     if min(len(before), len(after)) < 2:
         return Estimate(difference, None)
@@ -153,20 +154,32 @@ def table(lines: list[Line], entropy: float | None = None) -> Table:
     return [list(columns)] + [[str(column(line)) for column in columns.values()] for line in lines]
 
 
-def notes(lines: list[Line], text: str, device: str, versions: set[str]) -> list[str]:
+def notes(lines: list[Line], runs: list[TrainedRun]) -> list[str]:
     """What a reader must know of the table, a sentence or two at a time."""
     seeds = {line.rung.name: ", ".join(map(str, line.seeds)) for line in lines}
     most = max(seeds.values(), key=list(seeds.values()).count)
     others = "".join(f"; {name}: {has}" for name, has in seeds.items() if has != most)
     word = "seeds" if "," in most else "seed"
-    pytorch = ", ".join(sorted(versions))
+    pytorch, formats = (
+        ", ".join(sorted({getattr(run, name) for run in runs}))
+        for name in ("torch", "number_format")
+    )
+    many = any(line.loss.uncertainty for line in lines)
+    jumps = [
+        f"; that of {line.rung.stage} over {line.before.stage}"
+        for line in lines
+        if line.before and STAGES.index(line.before.stage) != STAGES.index(line.rung.stage) - 1
+    ]
     return [
-        f"Trained on {text} by PyTorch {pytorch} on {device}; {word} {most}{others}.",
+        f"Trained on {runs[0].corpus} by PyTorch {pytorch} on {runs[0].device}, in {formats}; "
+        f"{word} {most}{others}.",
         "Validation loss: nats per character over the whole validation text, at a run's best "
-        "evaluation; mean ± standard deviation over the seeds. Train loss: over the batches before "
-        "it.",
-        "Gain: over the stage before, for variants too; ± the standard error of the difference.",
-        "Seconds: evaluations included, start-up not; small stages were trained side by side.",
+        f"evaluation{'; mean ± standard deviation over the seeds' if many else ''}. Train loss: "
+        "over the batches before it.",
+        f"Gain: over the stage before, for variants too{''.join(dict.fromkeys(jumps))}"
+        f"{'; ± the standard error of the difference, as of independent runs' if many else ''}.",
+        "Seconds: evaluations included, start-up not; what compare.py trains of the small stages "
+        "runs side by side.",
     ]
 
 

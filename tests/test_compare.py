@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMPARE, COMPARE_STEPS, STAGES, files, losses, start
+import torch
+from conftest import COMPARE, COMPARE_STEPS, ROOT, STAGES, files, losses, start
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
@@ -45,8 +47,9 @@ def compare(trained: Path, tmp_path: Path, run: Callable) -> Callable:
 
 
 @pytest.fixture
-def found(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+def found(trained: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Sort the runs in a copy of that folder; `tmp_path` is the copy."""
+    text.unlink()  # that of the other tests gives way to the one in the folder
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
@@ -71,8 +74,8 @@ def run_folder(folder: Path, name: str) -> Path:
 
 
 def test_every_stage_and_variant_is_trained_with_every_seed(trained: Path) -> None:
-    out = trained / "runs" / "compare"
-    assert {path.name for path in out.iterdir()} == OUTPUTS | {"text"}
+    out = trained / "runs" / "compare" / "text"
+    assert {path.name for path in out.iterdir() if path.is_file()} == OUTPUTS
     assert not list(trained.rglob("*.part"))
     found = [(f"{row['stage']} {row['flags']}".strip(), row["seed"]) for row in rows(out)]
     assert found == [(name, seed) for name in NAMES for seed in ("1", "2")]
@@ -100,11 +103,20 @@ def test_a_run_of_a_comparison_is_the_run_of_its_stage(trained: Path, run: Calla
     assert losses(Path("alone")) == losses(run_folder(trained, "layer_norm-norm-post"))
 
 
+def test_without_training_any_seed_counts(compare: Callable, tmp_path: Path) -> None:
+    tamper(run_folder(tmp_path, "bigram"), seed=7)
+    assert "left out" in compare("--seeds", 2, "--no-train")[1]
+    code, output, _ = compare("--no-train")
+    assert code == 0
+    assert "left out" not in output
+    assert "seeds 1, 2; bigram: 2, 7." in output
+
+
 def test_nothing_is_trained_twice(compare: Callable, tmp_path: Path) -> None:
     before = files(tmp_path)
     code, output, errors = compare("--seeds", 2)
     assert (code, errors) == (0, "")
-    assert "to train" not in output
+    assert ": 0 to train" in output
     assert files(tmp_path) == before  # byte for byte, pictures too
     assert compare("--no-train")[0] == 0  # takes all the seeds that are there
     assert files(tmp_path) == before
@@ -133,8 +145,8 @@ def test_a_readers_own_run_counts(compare: Callable, run: Callable, tmp_path: Pa
     assert run("bigram", *flags)[0] == 0
     code, output, _ = compare("--stages", "bigram", "--seeds", 1)
     assert code == 0
-    assert "to train" not in output
-    assert len(rows(tmp_path / "runs" / "compare")) == 1
+    assert ": 0 to train" in output
+    assert len(rows(tmp_path / "runs" / "compare" / "text")) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no way to send a Ctrl-C there")
@@ -184,7 +196,7 @@ def test_a_run_that_fails_does_not_stop_the_others(compare: Callable, tmp_path: 
     assert "is damaged, or is not a checkpoint of this course" in output
     assert len(errors.splitlines()) == 1
     assert errors.startswith("compare.py: not trained: feed_forward, seed 1 (")
-    table_rows = rows(tmp_path / "runs" / "compare")
+    table_rows = rows(tmp_path / "runs" / "compare" / "text")
     assert len(table_rows) == 17  # layer_norm was trained all the same
 
 
@@ -220,8 +232,8 @@ def tamper(folder: Path, **changes: object) -> None:
         ({"config": {"colour": "red"}}, "made with --colour red"),
         ({"seed": 3}, "made with --seed 3"),
         ({"device": "cuda"}, "made on cuda, and this comparison is for cpu"),
+        ({"changed_on_resume": ["--max-iters"]}, "resumed with another --max-iters"),
         ({"init_from": "runs/gpt"}, "started from the weights of another run"),
-        ({"stage": "other"}, "no stage that is compared"),
         ({}, f"the same run as {Path('runs', 'compare', 'text', 'layer_norm-20-steps-seed-1')}"),
     ],
 )
@@ -241,6 +253,38 @@ def test_runs_of_another_kind_are_left_out(
     assert after.finished == before
 
 
+def test_a_run_that_was_lengthened_or_came_from_another_is_left_out(
+    compare: Callable, run: Callable, tmp_path: Path
+) -> None:
+    """Its config.json still says so after it has been resumed."""
+    shutil.rmtree(tmp_path / "runs")
+    flags = ["--data", "text.txt", "--eval-interval", COMPARE_STEPS // 10]
+    half = COMPARE_STEPS // 2
+    assert run("bigram", *flags, "--max-iters", half)[0] == 0
+    longer = ["--max-iters", COMPARE_STEPS, "--data", "text.txt"]
+    assert run("bigram", *flags[:2], "--init-from", "runs/bigram", *longer, "--seed", 2)[0] == 0
+    for folder in ("runs/bigram", "runs/bigram-2"):
+        assert run("bigram", "--resume", "--out", folder, *longer)[0] == 0
+        assert run("bigram", "--resume", "--out", folder)[0] == 0
+    code, output, _ = compare("--no-train")
+    assert code == 2
+    assert f"left out: {Path('runs/bigram')}: resumed with another --max-iters\n" in output
+    assert f"left out: {Path('runs/bigram-2')}: started from the weights of another run" in output
+
+
+def test_a_script_that_changed_between_start_and_resume_is_remembered(
+    found: Callable, run: Callable, tmp_path: Path
+) -> None:
+    folder = run_folder(tmp_path, "bigram")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["origin"]["script_sha256"] = "0" * 64
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    assert run("bigram", "--resume", "--out", folder, "--data", "text.txt")[0] == 0
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert settings["changed_on_resume"] == ["script"]
+    assert len(found().finished) == 17
+
+
 def test_an_unfinished_run_of_the_readers_own_is_left_alone(
     compare: Callable, tmp_path: Path
 ) -> None:
@@ -256,12 +300,81 @@ def test_an_unfinished_run_of_the_readers_own_is_left_alone(
     assert files(other) == before
 
 
-def test_many_that_are_left_out_take_one_line(compare: Callable) -> None:
-    code, output, _ = compare("--stages", "bigram,self_attention", "--no-train")
+def test_no_train_names_what_is_unfinished(compare: Callable, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, "bigram")
+    lines = (folder / "losses.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "losses.csv").write_text("".join(lines[:4]), encoding="utf-8")
+    code, output, _ = compare("--no-train")
     assert code == 0
+    assert f"left out: {folder.relative_to(tmp_path)}: unfinished\n" in output
+
+
+def test_rows_that_are_missing(found: Callable, tmp_path: Path) -> None:
+    path = run_folder(tmp_path, "bigram") / "losses.csv"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for kept in (lines[:1] + lines[-1:], lines[:3] + lines[4:]):
+        path.write_text("".join(kept), encoding="utf-8")
+        (line,) = found().left_out
+        assert "holds other steps than its settings ask for" in line
+
+
+def test_many_that_are_left_out_take_one_line(compare: Callable) -> None:
+    """And those that --stages leaves out take none."""
+    code, output, _ = compare("--stages", "bigram,self_attention", "--seeds", 2)
+    assert code == 0
+    assert "left out" not in output
+    code, output, errors = compare("--stages", "bigram,residual", "--no-train", "--max-iters", 9)
+    assert code == 2
     lines = [line for line in output.splitlines() if line.startswith("left out")]
     assert len(lines) == 1
-    assert lines[0].endswith(" and 11 more: no stage that is compared")
+    assert lines[0].endswith(" and 3 more: made with --max-iters 20 --eval-interval 2")
+    assert errors.endswith("; add --max-iters 20 for those that are\n")
+
+
+def test_without_training_it_says_what_is_not_there(compare: Callable, tmp_path: Path) -> None:
+    for name in ("residual-no-residual", "gpt-preset-small"):
+        folder = run_folder(tmp_path, name)
+        shutil.rmtree(folder)
+        shutil.rmtree(folder.with_name(folder.name[:-1] + "2"))
+    code, output, _ = compare("--no-train")
+    assert code == 0
+    assert "not there: residual --no-residual, gpt --preset small\n" in output
+    stages = ["--stages", "bigram,residual"]
+    assert (
+        "; that of residual over bigram; ± the standard error" in compare(*stages, "--no-train")[1]
+    )
+
+
+def test_few_steps_come_with_a_warning(compare: Callable, tmp_path: Path) -> None:
+    code, output, _ = compare("--no-train")
+    assert code == 0
+    warning = "A quick look: 20 steps instead of 2000 to 5000."
+    assert warning in output
+    out = tmp_path / "runs" / "compare" / "text"
+    for name in ("table.md", "report.html"):
+        assert warning in (out / name).read_text(encoding="utf-8")
+    corpus = common.load_corpus(tmp_path / "text.txt")
+    assert Terms(corpus, "cpu").warning() == Terms(corpus, "cpu", max_iters=2000).warning() == ""
+
+
+def test_a_stage_that_breaks_down_shows_where(compare: Callable, tmp_path: Path) -> None:
+    """As it may after a reader's change."""
+    copy = tmp_path / "course"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "*.txt", "notebooks"))
+    script = copy / "residual.py"
+    text = script.read_text(encoding="utf-8").replace("B, T = idx.shape", "B, T = idx.shape[9]")
+    script.write_text(text, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, copy / "compare.py", *map(str, COMPARE), "--stages", "bigram,residual"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 2
+    assert 'residual.py", line ' in result.stdout and "IndexError" in result.stdout
+    assert "made by another version of residual.py" in result.stdout
+    assert result.stderr.startswith("compare.py: not trained: residual, seed 1; ")
 
 
 DAMAGED = {
@@ -311,7 +424,7 @@ def test_the_rest_goes_on_without_what_is_left_out(compare: Callable, tmp_path: 
     code, output, errors = compare("--no-train")
     assert (code, errors) == (0, "")
     assert f"left out: {path.relative_to(tmp_path)} is damaged: " in output
-    assert len(rows(tmp_path / "runs" / "compare")) == 17
+    assert len(rows(tmp_path / "runs" / "compare" / "text")) == 17
     assert "seeds 1, 2; bigram: 2." in output
 
 
@@ -356,7 +469,7 @@ def test_a_full_disk_leaves_the_old_report(compare: Callable, tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2
-    path = Path("runs", "compare", "curves.svg")  # the first that is too large
+    path = Path("runs", "compare", "text", "curves.svg")  # the first that is too large
     assert errors == f"compare.py: cannot write {path}: File too large\n"
     assert files(tmp_path) == before
 
@@ -368,7 +481,49 @@ def test_a_folder_that_cannot_be_written(compare: Callable, tmp_path: Path) -> N
 
 
 def test_a_file_in_the_way(compare: Callable, tmp_path: Path) -> None:
+    """Refused before anything is trained."""
+    assert "cannot write text.txt" in refused(compare, tmp_path, "--out", "text.txt")
     assert "cannot write text.txt" in refused(compare, tmp_path, "--no-train", "--out", "text.txt")
+
+
+def test_the_folder_of_a_run_is_no_place_for_a_comparison(
+    compare: Callable, tmp_path: Path
+) -> None:
+    folder = run_folder(tmp_path, "bigram")
+    for flags in ([], ["--no-train"]):
+        error = refused(compare, tmp_path, "--out", folder, *flags)
+        assert "holds a run: name another folder with --out" in error
+
+
+def test_a_text_that_is_too_short_for_any_stage(tmp_path: Path, run: Callable) -> None:
+    (tmp_path / "short.txt").write_text("abc" * 10, encoding="utf-8")
+    code, output, errors = run("compare", "--data", "short.txt", "--stages", "bigram")
+    assert code == 2
+    assert output.count("FAILED: bigram.py: short.txt is too short") == 3
+    assert errors.startswith("compare.py: not trained: bigram, seed 1; ")
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks on Windows")
+def test_two_comparisons_do_not_train_in_the_same_place(
+    trained: Path, tmp_path: Path, run: Callable
+) -> None:
+    """Nor does one beside the runs of another that was killed."""
+    shutil.copy(trained / "text.txt", tmp_path)
+    flags = [*COMPARE, "--max-iters", 100_000, "--stages", "bigram", "--seeds", 1]
+    process = start("compare", *flags, cwd=tmp_path)
+    log = tmp_path / "runs" / "compare" / "text" / "bigram-100000-steps-seed-1" / "losses.csv"
+    deadline = time.monotonic() + 60
+    while not log.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    for _ in range(2):
+        code, _, errors = run("compare", *flags)
+        assert code == 2
+        assert "another compare.py, or a run that it started, is at work in " in errors
+        process.kill()
+        process.wait()
+    subprocess.run(["pkill", "-f", str(log.parent.relative_to(tmp_path))], check=True)
 
 
 # The numbers.
@@ -376,7 +531,7 @@ def test_a_file_in_the_way(compare: Callable, tmp_path: Path) -> None:
 
 def test_the_table_is_what_the_runs_logged(trained: Path) -> None:
     """Worked out once more from the runs' own files, by NumPy."""
-    markdown = (trained / "runs" / "compare" / "table.md").read_text(encoding="utf-8")
+    markdown = (trained / "runs" / "compare" / "text" / "table.md").read_text(encoding="utf-8")
     lines = [line.strip("| ").split(" | ") for line in markdown.splitlines() if "|" in line]
     headings, _, *table_rows = lines
     assert [row[0].strip("`").replace(".py", "") for row in table_rows] == NAMES
@@ -440,16 +595,16 @@ def test_the_table_on_pocket_play_tells_the_distance_to_the_entropy(
     flags = ["--stages", "bigram", "--seeds", 1, "--max-iters", 10, "--data", path]
     code, output, _ = run("compare", *flags)
     assert code == 0
-    [row] = rows(Path("runs", "compare"))
+    [row] = rows(Path("runs", "compare", "pocket_play"))
     distance = float(row["val_loss"]) - pocket_play.entropy_per_character()
-    markdown = Path("runs", "compare", "table.md").read_text(encoding="utf-8")
+    markdown = Path("runs", "compare", "pocket_play", "table.md").read_text(encoding="utf-8")
     assert "| above the entropy |" in markdown and f"| {distance:.3f} |" in markdown
     assert "entropy" in output
 
 
 @pytest.mark.parametrize("width", [70, 80, 100, 140, 200])
 def test_the_table_fits_the_terminal(width: int, trained: Path) -> None:
-    results = read_results(trained / "runs" / "compare" / "losses.csv")
+    results = read_results(trained / "runs" / "compare" / "text" / "losses.csv")
     lines = as_text(table(lines_of(results), entropy=0.5), width).splitlines()
     assert max(map(len, lines)) <= width
     assert lines[-1].startswith("gpt.py --preset small") and " ± " in lines[-1]
@@ -493,17 +648,19 @@ def test_every_line_ends_in_its_name_and_no_two_names_overlap(
         assert not one.overlaps(other)
     for label in panel.texts:
         name = label.get_text()
-        (line,) = (line for line in panel.lines if line.get_gid() == name)
+        gid = "-".join([column, *name.split()])
+        (line,) = (line for line in panel.lines if line.get_gid() == gid)
         assert label.xy == (line.get_xdata()[-1], line.get_ydata()[-1])
         assert label.get_color() == line.get_color()
 
 
 def test_the_pictures_are_whole(trained: Path) -> None:
-    out = trained / "runs" / "compare"
+    out = trained / "runs" / "compare" / "text"
     for name in ("curves.svg", "curves-dark.svg"):
         picture = ElementTree.parse(out / name).getroot()
-        ids = {element.get("id") for element in picture.iter()}
-        assert set(NAMES) <= ids
+        ids = [element.get("id") for element in picture.iter() if element.get("id")]
+        for column, each in itertools.product(AXES, NAMES):
+            assert ids.count("-".join([column, *each.split()])) == 1
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -535,7 +692,7 @@ def test_colour_blind_readers_can_tell_the_stages_apart(theme) -> None:
     for matrix in BLINDNESS.values():
         seen = [lab(np.array(matrix) @ colour) for colour in colours]
         distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
-        assert min(distances) > 3 * 2.3
+        assert min(distances) > 10 * 2.3
     luminance = [colour @ [0.2126, 0.7152, 0.0722] for colour in colours]
     paper = linear(theme.background) @ [0.2126, 0.7152, 0.0722]
     for one in luminance:

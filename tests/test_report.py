@@ -34,7 +34,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def address(trained: Path) -> str:
-    return (trained / "runs" / "compare" / "report.html").as_uri()
+    return (trained / "runs" / "compare" / "text" / "report.html").as_uri()
 
 
 WIDTHS = {"phone": 360, "tablet": 800, "desktop": 1280}
@@ -120,6 +120,12 @@ def test_a_difference_turns_one_script_into_the_other() -> None:
     for kind, script in (("added", after), ("gone", before)):
         kept = [line.text for line in lines if line.kind in (kind, "same")]
         assert set(kept) <= set(script)
+        places = [script.index(text) for text in kept if script.count(text) == 1]
+        assert places == sorted(places)
+    added, gone = ([line.text for line in lines if line.kind == kind] for kind in ("added", "gone"))
+    assert len(added) - len(gone) == len(after) - len(before)
+    assert {line for line in after if line not in before} <= set(added)
+    assert {line for line in before if line not in after} <= set(gone)
     assert lines.count(CodeLine("gap", "")) > 1
     assert not any("Stage 6 of 7" in line.text for line in lines)
 
@@ -139,7 +145,7 @@ def test_the_samples_go_on_from_the_same_prompt(page: Page, trained: Path) -> No
 def test_the_table_is_the_one_that_was_printed(page: Page, trained: Path) -> None:
     rows = page.locator("#numbers ~ table tr").all()
     cells = [row.locator("th, td").all_inner_texts() for row in rows]
-    markdown = (trained / "runs" / "compare" / "table.md").read_text(encoding="utf-8")
+    markdown = (trained / "runs" / "compare" / "text" / "table.md").read_text(encoding="utf-8")
     expected = [
         line.strip("|").replace("`", "").split("|")
         for line in markdown.splitlines()
@@ -208,7 +214,7 @@ def test_it_prints_on_white(browser: Browser, address: str) -> None:
 
 
 def test_it_needs_no_script_and_no_other_file(trained: Path) -> None:
-    source = (trained / "runs" / "compare" / "report.html").read_text(encoding="utf-8")
+    source = (trained / "runs" / "compare" / "text" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in source  # though the text that was learnt is full of them
     assert html.escape("<script>") in source
     addresses = re.findall(
