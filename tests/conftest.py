@@ -2,13 +2,15 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import Browser, Error, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
@@ -36,6 +38,11 @@ COMPARE = [
     "--sample-length",
     50,
 ]
+
+BROWSERS = (
+    *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"),
+    "microsoft-edge",
+)
 
 torch.set_num_threads(1)  # the models here are tiny
 
@@ -129,3 +136,16 @@ def same_state(first: Path, second: Path) -> bool:
         for state in states
     ]
     return len(tensors[0]) == len(tensors[1]) and all(map(torch.equal, *tensors))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as playwright:
+        try:  # without a path, Chrome where its installer puts it on this system
+            channel = None if path else "chrome"
+            browser = playwright.chromium.launch(executable_path=path, channel=channel)
+        except Error as error:
+            pytest.skip(f"there is no Chromium or Chrome to look at pages with: {error}")
+        yield browser
+        browser.close()

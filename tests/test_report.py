@@ -3,33 +3,14 @@
 import html
 import itertools
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, STAGES
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from comparison.report import CodeLine, difference, read_code
-
-BROWSERS = (
-    *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"),
-    "microsoft-edge",
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with sync_playwright() as playwright:
-        try:  # without a path, Chrome where its installer puts it on this system
-            channel = None if path else "chrome"
-            browser = playwright.chromium.launch(executable_path=path, channel=channel)
-        except Error as error:
-            pytest.skip(f"there is no Chromium or Chrome to look at the page with: {error}")
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -83,7 +64,7 @@ def test_it_works_by_keyboard(page: Page) -> None:
         assert page.evaluate(focused) == stage
         outline = "getComputedStyle(document.activeElement).outlineStyle"
         assert page.evaluate(outline) == "solid"
-        code = page.locator(f"#{stage} pre")
+        code = page.locator(f"#{stage} pre.code")
         assert not code.is_visible()
         page.keyboard.press("Enter")
         assert code.is_visible()

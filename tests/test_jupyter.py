@@ -1,0 +1,79 @@
+"""A reader's way: JupyterLab in a browser, a notebook opened, all cells run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+from playwright.sync_api import Browser
+
+NOTEBOOK = "02_self_attention.ipynb"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of a JupyterLab in a copy of the course, which it may write to."""
+    ignored = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__", "pocket_play.txt")
+    shutil.copytree(ROOT, tmp_path / "course", ignore=ignored)
+    settings = ("--ServerApp.port=0", "--IdentityProvider.token=", "--LabApp.news_url=")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", *settings],
+        cwd=tmp_path / "course",
+        env=os.environ
+        | {"COURSE_QUICK": "1", "OMP_NUM_THREADS": "1"}
+        | {f"JUPYTER_{each}_DIR": str(tmp_path / each) for each in ("RUNTIME", "CONFIG")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (files := list((tmp_path / "RUNTIME").glob("jpserver-*.json"))):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    yield json.loads(files[0].read_text(encoding="utf-8"))["url"]
+    process.terminate()
+    process.wait()
+
+
+def test_a_notebook_runs_in_the_browser(server: str, browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "course" / "notebooks" / NOTEBOOK
+    before = nbformat.read(path, as_version=4)
+    for cell in before.cells:  # so that what is there afterwards is new
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(before, path)
+
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)
+    page.goto(f"{server}lab/tree/notebooks/{NOTEBOOK}")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    page.get_by_text("Python 3", exact=False).first.wait_for()  # the kernel is there
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    deadline = time.monotonic() + 180
+    while not ran_to_the_end(path):
+        assert time.monotonic() < deadline, "the last cell has not run"
+        page.wait_for_timeout(1000)
+        page.keyboard.press("Control+s")
+
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+    pictures = page.locator(".jp-OutputArea img")
+    pictures.last.scroll_into_view_if_needed()
+    assert pictures.last.is_visible()
+    assert pictures.last.evaluate("picture => picture.naturalWidth") > 200
+    page.close()
+
+
+def ran_to_the_end(path: Path) -> bool:
+    """As the file tells, which the reader has saved."""
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"][-1].execution_count is not None
