@@ -82,6 +82,7 @@ def test_every_flag_that_it_names_exists(run: Callable) -> None:
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {
         *("--no-index", "--extra-index-url", "--nanogpt"),
         *("--nproc", "--nnodes", "--rdzv"),  # torchrun's own
+        *("--to", "--execute"),  # jupytext's
     }
     scripts = [*STAGES, "sample", "prepare", "export", "compare"]
     helps = "".join(run(script, "--help")[1] for script in scripts)
@@ -92,7 +93,7 @@ def test_every_flag_that_it_names_exists(run: Callable) -> None:
 def test_every_file_that_it_names_exists() -> None:
     for name in re.findall(r"[`( ]((?:\w+/)*\w+\.(?:py|md|svg|csv|txt))\b", README):
         if name not in NOT_OURS:
-            places = [ROOT / name, ROOT / "benchmarks" / name]
+            places = [ROOT / name, ROOT / "benchmarks" / name, ROOT / "notebooks" / name]
             assert any(place.exists() for place in places), name
 
 

@@ -275,8 +275,7 @@ def test_a_run_whose_text_has_moved(small_run: Callable, run: Callable, tmp_path
 def test_pocket_play_tells_how_far_there_is_to_go(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    for module in (common, training):
-        monkeypatch.setattr(module, "DATA", tmp_path)
+    monkeypatch.setattr(common, "DATA", tmp_path)
     monkeypatch.setattr(common, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/nobody-here")
     monkeypatch.setattr(sys, "argv", ["bigram.py", "--max-iters", "3", "--sample-length", "5"])
     monkeypatch.chdir(tmp_path)
