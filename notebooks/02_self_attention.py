@@ -710,7 +710,7 @@ for each in (untrained, model):
     bands.append(band)
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(14, 7.2))
+figure, axes = plt.subplots(1, 2, figsize=(14, 7))
 for panel, band, title in zip(axes, bands, ("untrained", "trained"), strict=True):
     heat_map(panel, band, visible(line), visible(line), title, vmin=0, vmax=1)
     panel.set(xlabel="is heard", ylabel="hears")
