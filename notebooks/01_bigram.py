@@ -96,11 +96,11 @@ print(f"words:      {len(words):9,} tokens, vocabulary {len(set(words)):6,}")
 
 # %% [markdown]
 # Large models take the middle way, **byte pair encoding**: begin with bytes, find the pair of
-# neighbours that is the most frequent, make it a token of its own, and repeat some ten thousand
-# times. Here are the first twelve such steps on a piece of the text.
+# neighbours that is the most frequent, make it a token of its own, and repeat tens of
+# thousands of times. Here are the first twelve such steps on a piece of the text.
 
 # %%
-tokens = list(text[:50_000])
+tokens, steps_so_far = list(text[:50_000]), []
 for _ in range(12):
     counts = {}
     for pair in pairwise(tokens):
@@ -115,11 +115,12 @@ for _ in range(12):
             merged.append(tokens[i])
             i += 1
     tokens = merged
-    print("".join(visible(best[0] + best[1])), end="   ")
-print(f"\n50,000 characters have become {len(tokens):,} tokens")
+    steps_so_far.append("".join(visible(best[0] + best[1])))
+print("   ".join(steps_so_far))
+print(f"50,000 characters have become {len(tokens):,} tokens")
 
 # %% [markdown]
-# A longer vocabulary, a shorter text: that is the trade. This course stays with characters, since
+# A larger vocabulary, a shorter text: that is the trade. This course stays with characters, since
 # then every model fits a laptop and you can read each of its numbers.
 #
 # ## Split, blocks, batches
@@ -282,12 +283,14 @@ figure, axes = plt.subplots(figsize=(8, 3.4))
 axes.plot(history, color=GREY, linewidth=0.5, alpha=0.6)
 axes.plot(*zip(*evaluations, strict=True), color=BLUE, marker="o", linewidth=2)
 axes.axhline(counted_loss, color=ORANGE, linestyle="--")
-axes.annotate("each batch", (len(history) * 0.75, max(history[len(history) // 2 :])), color=GREY)
+axes.annotate(
+    "each batch", (len(history) * 0.75, max(history[len(history) // 2 :]) + 0.1), color=GREY
+)
 axes.annotate("validation", (len(history) * 0.12, 3.0), color=BLUE)
 axes.annotate(
-    "counted", (len(history) * 0.75, min(history[len(history) // 2 :]) - 0.1), color=ORANGE
+    "counted", (len(history) * 0.75, min(history[len(history) // 2 :]) - 0.12), color=ORANGE
 )
-axes.set(xlabel="training steps", ylabel="loss (nats per character)")
+axes.set(xlabel="training steps", ylabel="loss (nats per character)", ylim=(1.95, None))
 plt.show()
 
 # %% [markdown]
@@ -314,12 +317,14 @@ plt.show()
 
 # %% [markdown]
 # Bright is likely: after `q` comes `u`, after `d` and `y` a word often ends. The right table is the
-# left one, a little off where a character is rare: what is seldom seen is seldom corrected.
+# left one, a little off where a character is rare, for what is seldom seen is seldom corrected:
 
 # %%
 seen = pairs.sum(dim=1) > 1000  # characters that occur often enough to compare
-difference = (counted - learned)[seen].abs()
-print(f"largest difference {difference.max():.3f}, mean {difference.mean():.5f}")
+difference = (counted - learned).abs().mean(dim=1)  # (V)
+print(
+    f"mean difference: frequent {difference[seen].mean():.4f}, rare {difference[~seen].mean():.4f}"
+)
 
 # %% [markdown]
 # ## Sampling
@@ -337,7 +342,7 @@ for _ in range(200):
 print(tokenizer.decode(numbers))
 
 # %% [markdown]
-# No word in there, but pairs that exist. `sample.py` does the same for every stage.
+# Hardly a word in there, but pairs that exist. `sample.py` does the same for every stage.
 #
 # ### Temperature
 #

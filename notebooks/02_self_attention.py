@@ -100,8 +100,8 @@ plt.show()
 
 # %% [markdown]
 # The first row is the same on both sides: there is no past yet. Further down the colours fade,
-# since a mean of many vectors is a small one. Much is lost in it, and that is what attention will
-# mend.
+# since vectors drawn at random partly cancel in a mean. Much is lost in it, and that is what
+# attention will mend.
 #
 # ### As a matrix product
 #
@@ -255,8 +255,8 @@ scores = query @ key.transpose(1, 2)  # (B, T, T)
 print(f"by hand {by_hand:.4f}, in the matrix {scores[0, 5, 2]:.4f}, of shape {tuple(scores.shape)}")
 
 # %% [markdown]
-# The rest you know: scale (the reason comes below), mask, softmax, weighted sum. Only that it is
-# the values that are summed, not `x` itself.
+# The rest you know: scale (the reason comes below), mask, softmax, weighted sum. But it is the
+# values that are summed, not `x` itself.
 #
 # $$w_{ts} = \underset{s \le t}{\text{softmax}} \;
 # \frac{\text{query}_t \cdot \text{key}_s}{\sqrt{D}} \qquad \text{out}_t = \sum_{s \le t} w_{ts} \,
@@ -327,8 +327,8 @@ assert torch.allclose(from_torch, out, atol=1e-5)
 # %% [markdown]
 # ## Why divide by √D
 #
-# Say that the channels of queries and keys have mean 0 and spread (standard deviation) 1. A score
-# adds up `D` products, and each adds 1 to the variance:
+# Say that the channels of queries and keys are independent, with mean 0 and spread (standard
+# deviation) 1. A score adds up `D` products, and each adds 1 to the variance:
 #
 # $$\text{Var}(q \cdot k) = \sum_{d=1}^{D} \text{Var}(q_d \, k_d) = D$$
 #
@@ -360,7 +360,7 @@ plt.show()
 # - how many characters are heard, $e^{\text{entropy}}$ with entropy $= -\sum_s w_s \ln w_s$: 8 if
 #   all weights are equal, 1 if one takes all;
 # - how far the weights still move when a score does, $\sum_s w_s (1 - w_s)$, the diagonal of the
-#   softmax's derivative. Where that is 0, nothing is learnt.
+#   softmax's derivative. Where that is 0, queries and keys learn nothing.
 
 # %%
 sizes = [2**i for i in range(11)]
@@ -719,7 +719,8 @@ plt.show()
 
 # %% [markdown]
 # Untrained, the weight is strewn over all that can be heard. Trained, it has gathered near the
-# diagonal: a character takes most from itself, and most of the rest from the one or two before it.
+# diagonal: most characters take most from themselves, and nearly all of the rest from the one or
+# two before.
 # How much that is differs from character to character. Here is the mean over the whole validation
 # text, at the last place of each block.
 
@@ -805,8 +806,8 @@ for each, name in ((model, "masked"), (unmasked, "unmasked")):
     print(f"--- {name}\n{sample}")
 
 # %% [markdown]
-# The masked one writes pieces of words. The other one gets stuck in a letter: it has learnt to
-# copy, and there is nothing to copy yet. A loss that is too good to be true is most often a leak
+# The masked one writes pieces of words. The other one gets stuck in a letter or two: it has learnt
+# to copy, and there is nothing to copy yet. A loss that is too good to be true is most often a leak
 # like this.
 #
 # ## The script
@@ -838,9 +839,9 @@ def main() -> None:
 #
 # ### 1 · A past that fades
 #
-# Return the weights matrix, `(T, T)`, of a mean in which each step back counts half as much as the
-# one before it: in a row the weights go like 1 for oneself, ½ for the character before, ¼ for the
-# one before that, and add up to 1. The future gets 0.
+# Return the weights matrix, `(T, T)`, of a mean in which each further step back counts half as
+# much: in a row the weights go like 1 for oneself, ½ for the character before, ¼ for the one before
+# that, and add up to 1. The future gets 0.
 
 
 # %% tags=["exercise"]
@@ -878,7 +879,8 @@ def exercise_1() -> None:
 #
 # ### 2 · The head itself
 #
-# From given queries, keys and values, `(B, T, D)` each, return what a causal head gives.
+# From given queries and keys, `(B, T, D)` both, and values, which may have another width, return
+# what a causal head gives.
 
 
 # %% tags=["exercise"]
@@ -920,9 +922,10 @@ def exercise_2() -> None:
 #
 # ### 3 · Listen to another text
 #
-# Cross-attention: queries are `(B, T, D)`, keys and values come from other texts, `(B, S, D)`.
-# These were of different lengths, so the shorter ones are filled up. `present`, `(B, S)`, is
-# `False` where there is only filling, and nobody may hear that. There is no other mask.
+# Cross-attention: queries and keys have D channels, `(B, T, D)` and `(B, S, D)`; keys and values
+# come from other texts, and values may have another width. These texts were of different lengths,
+# so the shorter ones are filled up. `present`, `(B, S)`, is `False` where there is only filling,
+# and nobody may hear that. There is no other mask.
 
 
 # %% tags=["exercise"]

@@ -500,7 +500,7 @@ plt.show()
 # Each line, from step 1000 on, has the colour of its bar on the right. The second head helps most,
 # four are a little better still, and eight bring next to nothing more: each further cut makes the
 # heads smaller, and with 8 of them each has 4 channels left. Another seed moves these losses by
-# about 0.01, so do not make much of small gaps.
+# 0.01 to 0.02, so do not make much of small gaps.
 #
 # ## What each head looks at
 #
@@ -569,7 +569,8 @@ plt.show()
 # %% [markdown]
 # Head 2 stays with the character itself. Head 0 mostly takes from one and two steps back. Head 1
 # does not go by distance: find the vowels and the spaces below, and see that it mostly stays on
-# them, and from most consonants steps back to the last one. Nobody told it what a vowel is.
+# them, and from most consonants steps back to the last one (not always: look at `neighbour`).
+# Nobody told it what a vowel is.
 #
 # ### How far back, on average
 #
@@ -604,8 +605,8 @@ plt.show()
 # %% [markdown]
 # The orange bar is the model with one head, which gives about three quarters to its own character.
 # It must: `x` itself does not go round the attention, so a head has to carry the character on, and
-# only the rest is free for looking back. Among four, head 2 does the carrying and head 0 can look
-# further. Which number has which job is chance: another seed deals them out anew.
+# only the rest is free for looking back. Among four, heads 2 and 3 do most of the carrying and head
+# 0 can look further. Which number has which job is chance: another seed deals them out anew.
 #
 # ### At what kind of character
 #
@@ -747,8 +748,8 @@ plt.show()
 
 # %% [markdown]
 # Left: whichever head you take out, the rest is worse than the model that has one head only. Right:
-# alone, head 0 takes little off, and it is a long way down to all four. The fourth head takes off
-# more than the first did: its votes complete the sum.
+# alone, head 0 takes some off, and it is a long way down to all four. The fourth head still takes
+# off as much as the first did: its votes complete the sum.
 #
 # Yet two trained heads are nearly as good as four: you saw it above. This is no contradiction. The
 # four heads learnt together, and their votes are right as a sum; what is left after one falls
@@ -771,7 +772,8 @@ for n_head in (1, 4):
     print(f"H = {n_head}\n{sample[:160].strip()}\n[{share:.0%} of the words exist]\n")
 
 # %% [markdown]
-# More of the words exist, and still nothing makes sense. Eight characters are a short memory.
+# More of the words exist, and still nothing makes sense. At most eight characters are a
+# short memory.
 #
 # ## The script
 #
@@ -926,8 +928,9 @@ def exercise_3() -> None:
 #
 # ### 4 · Attention in n dimensions
 #
-# This is the first exercise that the lecture leaves you with: make one class of the single head
-# and the list of heads, with the heads as a further batch dimension. The weights are given,
+# This is the first exercise that the lecture "Let's build GPT" leaves you with: make one of the
+# single head and the list of heads, with the heads as a further batch dimension, masked and scaled
+# as above. The weights are given,
 # `(H, C, D)` each, so that `x @ query[h]` are the queries of head `h`. Return what the heads find,
 # side by side, `(B, T, H*D)`, without a projection and without a loop. It must also do for `H = 1`.
 

@@ -245,7 +245,8 @@ for name, each in (("heard", heard), ("wide", wide), ("hidden", hidden), ("out",
 # positions. See it: change one position's input a little, and measure how much each position's
 # output changes; do so for each position in turn, with the attention and with the feed-forward.
 #
-# **Predict before you run the next cell:** which squares of the two pictures will be coloured?
+# **Predict before you run the next cell:** which squares of the two pictures will be bright, at
+# least a little?
 
 
 # %%
@@ -277,7 +278,7 @@ plt.show()
 
 # %% [markdown]
 # With the attention a change reaches the position itself and all later ones. With the feed-forward
-# only the diagonal is coloured: the rest is 0, exactly. The same little network is laid on each of
+# only the diagonal is bright: the rest is 0, exactly. The same little network is laid on each of
 # the `T` positions, and none knows that there are others.
 #
 # ## Where the parameters are
@@ -304,8 +305,8 @@ print(f"{total:,} in all")
 
 # %% [markdown]
 # Two matrices of $C \times 4C$ make $8C^2$ numbers, besides the biases; the attention has $4C^2$.
-# In a large model, where $C$ is in the thousands and there are many such pairs, the two embeddings
-# hardly count: then about two thirds of all parameters are feed-forward.
+# In a large model, where $C$ is in the thousands and there are many layers of both, the embeddings
+# and `to_logits` hardly count: then about two thirds of all parameters are feed-forward.
 #
 # ## Training
 #
@@ -371,7 +372,7 @@ plt.show()
 
 # %% [markdown]
 # Before the bend the numbers lie on both sides of 0, a little more than half of them below (the
-# outermost bars hold all that is beyond 6). After it, all these stand in the one tall bar at 0:
+# outermost bars hold all that is beyond ±6). After it, all these stand in the one tall bar at 0:
 # mind the different scales. A unit at 0 is **silent**: it adds nothing to the output.
 #
 # ### Who wakes whom
@@ -421,8 +422,9 @@ plt.show()
 #
 # ### What a unit listens to
 #
-# Which characters wake a unit? Add up its activation by character. Some units give most of it to
-# very few. Here are four such, each with another favourite.
+# Which characters wake a unit? Add up its activation by character (so frequent ones have an
+# advantage). Some units give most of it to very few. Here are four such, each with another
+# favourite.
 
 # %%
 by_character = torch.zeros(V, 4 * C).index_add_(0, last, after)  # (V, 4*C)
@@ -441,7 +443,7 @@ axes[0].set_ylabel("share of its activation")
 plt.show()
 
 # %% [markdown]
-# One character makes between a third and about half of what each of these hears.
+# One character makes between a third and about half of the activation of each of these.
 #
 # ### What a unit says
 #
@@ -594,9 +596,9 @@ plt.show()
 
 # %% [markdown]
 # Without a bend each channel goes straight from its start to its end: the small number printed is
-# rounding. With it, a channel turns wherever a unit wakes or falls silent on the way. What lies
-# half-way between two inputs need not lie half-way between their outputs: that is what no average
-# can do.
+# rounding. With it, a channel turns wherever a unit wakes or falls silent on the way. The output
+# of a point half-way between two inputs need not lie half-way between theirs: that is what no
+# average can do.
 #
 # ## How wide
 #
@@ -634,9 +636,10 @@ axes.minorticks_off()
 plt.show()
 
 # %% [markdown]
-# Two dots of one width show what chance makes; the line is their mean. More bends, lower loss, at
-# each step. But each step also has four times the parameters of the one before. Four times `C` is
-# a bargain and no law; the next stages spend further parameters on more layers instead.
+# Two dots of one width give a first idea of what chance makes; the line is their mean. More bends,
+# lower loss, at each width. But each width also has four times the parameters of the one before.
+# Four times `C` is a bargain and no law; the next stages spend further parameters on more layers
+# instead.
 #
 # ## Where the loss falls
 #
@@ -700,7 +703,7 @@ figure, axes = plt.subplots(figsize=(7, 3.4))
 axes.plot(points, full_way, color=BLUE, marker="o", linewidth=2)
 axes.plot(points[:2], plain_way[:2], color=GREY, marker="o", linewidth=2)
 axes.axhline(bigram, color=ORANGE, linestyle="--", linewidth=1)
-axes.text(2.2, bigram, "bigram table", color=ORANGE, va="bottom", ha="center")
+axes.text(2.2, bigram + 0.004, "bigram table", color=ORANGE, va="bottom", ha="center")
 axes.text(0.95, plain_way[1], "model without feed-forward ", color=GREY, va="center", ha="right")
 axes.text(1.55, (full_way[1] + full_way[2]) / 2 + 0.02, "model with feed-forward", color=BLUE)
 axes.set(ylabel="loss of a read-out", xlabel="read after", xlim=(-0.2, 2.6))
@@ -719,8 +722,8 @@ plt.show()
 print("".join(generate(model, tokenizer, length=300)))
 
 # %% [markdown]
-# Still a window of eight characters, so words fall apart. What it got better at is making the most
-# of these eight.
+# Still a window of at most eight characters, so words fall apart. What it got better at is making
+# the most of them.
 #
 # ## The script
 #
@@ -918,7 +921,7 @@ def exercise_4() -> None:
 # \text{silu}(z) = \frac{z}{1 + e^{-z}}$$
 #
 # Three matrices instead of two: which width makes it about as large as `FeedForward`, at most 5 %
-# more or less, for any $C$? Work it out, then write the class. `F.silu` is there.
+# more or less, for any $C$ from 16 on? Work it out, then write the class. `F.silu` is there.
 
 
 # %% tags=["exercise"]

@@ -126,7 +126,7 @@ class FeedForward(nn.Module):
 
 
 # %% [markdown]
-# Here is the new idea, in three lines of `forward`. Both parts return vectors of `C` channels, the
+# Here is the new idea, in two lines of `forward`. Both parts return vectors of `C` channels, the
 # same shape that they were given. So results can be added to inputs, and the output of one block
 # can be the input of the next.
 
@@ -257,7 +257,7 @@ for residual in (True, False):
 
 # %%
 counts = torch.bincount(training.long(), minlength=V) + 1
-frequency_loss = -(counts / counts.sum()).log()[validation.long()].mean().item()  # (V) looked up
+frequency_loss = -(counts / counts.sum()).log()[validation.long()].mean().item()
 print(f"frequencies alone: {frequency_loss:.3f} nats per character")
 
 # %%
@@ -579,7 +579,7 @@ axes.set(xlabel="next character, the likeliest on the left", ylabel="written by"
 plt.show()
 
 # %% [markdown]
-# Purple is a vote for the character, orange one against it. A column adds up to the character's
+# Violet is a vote for the character, orange one against it. A column adds up to the character's
 # logit, up to a constant. Most votes here are for, since only the eight winners are shown; the
 # losers would be orange. No part decides alone: the first column is a sum of many votes.
 #
@@ -686,7 +686,8 @@ def exercise_1() -> None:
         1000: "nothing is added",
         1001: "there is one addition, after both parts: each part needs its own",
         1010: "the attention replaces x: its result must be added to x",
-        1011: "add to what the attention has left in the stream, not to its input alone",
+        1011: "the feed-forward reads the attention's result alone: it must read the sum",
+        1101: "add to what the attention has left in the stream, not to its input alone",
         111: "the feed-forward reads the old x: it must see what the attention has added",
         1100: "the feed-forward replaces: its result must be added to what it read",
         1110: "the first x is lost: add it before the feed-forward",

@@ -147,7 +147,7 @@ for panel, kind in zip(axes, ("batch", "layer"), strict=True):
     panel.set_xticks(range(corner.shape[1]))
     panel.set_yticks(range(corner.shape[0]), names[: corner.shape[0]])
     panel.tick_params(length=0)
-    panel.set(title=f"{kind} normalisation", xlabel="channel", ylabel="position of the batch")
+    panel.set(title=f"{kind} normalisation", xlabel="channel", ylabel="row of the batch")
 plt.show()
 
 # %% [markdown]
@@ -238,7 +238,7 @@ def hand_layer_norm(x: Tensor) -> Tensor:
 
 
 x = states(deep, idx)[-1]  # (B, T, C)
-print("one row:  ", torch.allclose(hand_layer_norm(rows), nn.LayerNorm(C)(rows), atol=1e-5))
+print("(B, C):   ", torch.allclose(hand_layer_norm(rows), nn.LayerNorm(C)(rows), atol=1e-5))
 print("(B, T, C):", torch.allclose(hand_layer_norm(x), nn.LayerNorm(C)(x), atol=1e-5))
 
 # %% [markdown]
@@ -254,7 +254,7 @@ tables = {
     "by columns (batch)": HandBatchNorm(C)(rows),
     "by rows (layer)": hand_layer_norm(rows),
 }
-figure, axes = plt.subplots(1, 3, figsize=(12, 3.1))
+figure, axes = plt.subplots(1, 3, figsize=(12, 4))
 channels = [str(c) if c % 8 == 0 else "" for c in range(C)]
 for panel, (title, table) in zip(axes, tables.items(), strict=True):
     heat_map(panel, table, names, channels, title, cmap="PuOr", vmin=-3, vmax=3)
@@ -340,7 +340,7 @@ plt.show()
 #   about a later one. The mask of attention forbids just this; the mean goes around it. A model
 #   that predicts the next character may never see it, so such a loss could not be trusted.
 #
-# The leak is the larger, the fewer rows share the mean.
+# The fewer rows share the mean, the larger the leak.
 
 # %%
 for rows_kept in (1, 4, 32, 256):
@@ -423,8 +423,8 @@ plt.show()
 
 # %% [markdown]
 # Follow the grey line from x to the end. In **pre** it meets nothing but sums: the straight way of
-# the last notebook stays free, for the numbers and for the gradient. In **post** every block's
-# norm stands on it. Pre leaves the sum to grow, so one more norm follows the last block, before
+# the last notebook stays free, for the numbers and for the gradient. In **post** every norm
+# stands on it. Pre leaves the sum to grow, so one more norm follows the last block, before
 # the table of logits; post needs none.
 #
 # Here is `layer_norm.py`. Attention and feed-forward are those of the last stage.
@@ -610,11 +610,11 @@ axes.set(xlabel="training steps", ylabel="loss (nats per character)", ylim=(2.1,
 plt.show()
 
 # %% [markdown]
-# Three blocks are too few to need help: the three curves lie almost on top of each other, and at
-# the end pre and post are about 0.01 below the model with no norm.
+# Three blocks are too few to need help: from step 300 on the three curves lie almost on top of each
+# other, and at the end pre and post are about 0.01 below the model with no norm.
 #
-# Is pre better than post, then? Not here. Over three seeds of the whole course, 5000 steps each,
-# `python layer_norm.py` came to 2.065 ± 0.003 and `python layer_norm.py --norm post` to
+# Is pre better than post, then? Not here. Over three seeds of the script's full training of 5000
+# steps, `python layer_norm.py` came to 2.065 ± 0.003 and `python layer_norm.py --norm post` to
 # 2.071 ± 0.008. The difference is smaller than the spread: in a stack of three, at this learning
 # rate, there is none that you could rely on.
 #
@@ -703,9 +703,9 @@ axes.set(xlabel="training steps", ylabel="loss of each batch", ylim=(1.9, 7))
 plt.show()
 
 # %% [markdown]
-# With no norm the loss leaves the picture after a few steps: each part reads what the last one
-# made too large, answers with something larger still, and the size printed above has lost all
-# measure. Pre learns. Its sum has become large, too, but no part sees that.
+# With no norm the loss leaves the picture, for good after about ten steps: each part reads what the
+# last one made too large, answers with something larger still, and the size printed above has lost
+# all measure. Pre learns. Its sum has become large, too, but no part sees that.
 #
 # Post does not run away, yet it stays about where a model is that ignores the context. Norms on
 # the straight way need a gentler start: a **warm-up**, a learning rate that begins near 0 and rises
@@ -812,8 +812,9 @@ def exercise_1() -> None:
 # ### 2 · Fold the gain away
 #
 # In a pre block a linear layer follows each norm. Once the training is over, gain and bias can go
-# into that layer: find `weight` and `bias` such that `F.linear(x̂, weight, bias)` gives what
-# `linear(norm(x))` gave, where x̂ is normalised only, with no gain and no bias.
+# into that layer (give it a bias if it has none): find `weight` and `bias` such that `F.linear(x̂,
+# weight, bias)` gives what `linear(norm(x))` gave, where x̂ is normalised only, with no gain and no
+# bias.
 
 
 # %% tags=["exercise"]
@@ -856,7 +857,7 @@ def exercise_2() -> None:
 #     return weight, bias
 # ```
 #
-# So in a pre block gain and bias add nothing that the model could not say without them. They are
+# So gain and bias add nothing that linear layers with a bias could not say without them. They are
 # there for the training.
 #
 # </details>
@@ -1059,4 +1060,4 @@ else:
 # check will then complain) and run these two cells again. The test must then compare without
 # `[::-1]`.
 #
-# [The last notebook](07_gpt.ipynb) adds what is still missing to a GPT.
+# [The last notebook](07_gpt.ipynb) makes it a GPT: larger, and trained with care.

@@ -16,8 +16,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/character-gpt/course/blob/main/notebooks/07_gpt.ipynb)
 #
-# The model is complete since the last notebook. This one makes it larger, and a larger model needs
-# care to learn well. After this notebook you can
+# The model has been complete since the notebook before. This one makes it larger, and a larger
+# model needs care to learn well. After this notebook you can
 #
 # - say what dropout, initialisation, weight decay, warm-up and clipping each do, and measure what
 #   each is worth at a size that trains in seconds;
@@ -518,7 +518,7 @@ axes.set(xlabel="steps without gradient", ylabel="length, as a share", ylim=(0, 
 plt.show()
 
 # %% [markdown]
-# The matrix melts like a loan that nobody renews; the norm's scales stay where they were.
+# The matrix shrinks towards 0; the norm's scales stay where they were.
 #
 # ## Warm-up and decay
 #
@@ -710,13 +710,13 @@ plt.show()
 # %% [markdown]
 # On the left the model learns its 10,000 characters ever better, while from the middle on it gets
 # worse on others: it learns by heart. On the right the two curves stay closer, and the blue one
-# hardly turns up. But its lowest point is no better than that on the left: dropout makes a long
-# training harmless, it does not replace text. The preset `small` sees its million characters only
-# about four times and has no dropout at all; `full` sees them about eighty times.
+# does not turn up by the end. But its lowest point is no better than that on the left: dropout
+# makes this long training harmless, it does not replace text. The preset `small` sees its million
+# characters only about four times and has no dropout at all; `full` sees them about eighty times.
 #
 # ## What makes it fast
 #
-# Three things in `main` change the speed and hardly the result. First, **portions**: a batch that
+# Three things change speed or memory, and hardly the result. First, **portions**: a batch that
 # is too large for the memory is taken in parts. The gradients add up over `backward` until
 # `zero_grad`, so the mean over the parts is the gradient of the whole.
 
@@ -880,7 +880,7 @@ print("ready")
 # %% [markdown]
 # ## Loss by position
 #
-# The first character of a block is predicted from one character, the last from the whole block. Is
+# The first prediction in a block is made from one character, the last from the whole block. Is
 # that any use?
 #
 # **Predict before you run the next cell:** draw the curve with your finger: loss upwards, position
@@ -917,8 +917,8 @@ for first, last in ((1, 1), (2, 2), (3, 8), (9, 32), (33, 64)):
     print(f"seeing {first:2} to {last:2}: {by_position[first - 1 : last].mean():.3f}")
 
 # %% [markdown]
-# The first few characters help most: with one the model knows little more than a bigram, with eight
-# it mostly knows the word it is in. The curve keeps falling to about a dozen. The second half of
+# The first few characters help most: with one the model can know no more than a bigram, with eight
+# it mostly knows the word it is in. The curve keeps falling to about twenty. The second half of
 # the block adds next to nothing here: to use what stood a line ago takes a larger model and a
 # longer training. The blue dots scatter, since each is a mean over fewer than two thousand
 # characters; the orange line is the mean of nine neighbours.
@@ -972,7 +972,7 @@ for options in (
     print("".join(generate(model, tokenizer, length=160, **options)).strip(), end="\n\n")
 
 # %% [markdown]
-# The two in the middle keep to safe words. At 1.5 more and more of them are invented. Nothing here
+# The two in the middle keep to likelier letters. At 1.5 many more words are invented. Nothing here
 # makes the model know more: it only chooses how much of its doubt you see.
 #
 # ## The cache
@@ -1041,8 +1041,9 @@ axes.set(xlabel="characters before the next one", ylabel="time for the next one"
 plt.show()
 
 # %% [markdown]
-# The unit of time is one character with the cache. With it the line stays nearly flat. Without it,
-# each character costs as much as all before it. What one pays is memory: exercise 3.
+# The unit of time is one character with the cache. With it the line stays nearly flat. Without it
+# all characters before go through the model again, so the cost grows with their number. What one
+# pays is memory: exercise 3.
 #
 # ## From here to ChatGPT
 #
@@ -1058,9 +1059,9 @@ plt.show()
 # | GPT-2 (2019) | 48 | 1,600 | 25 | 1,024 tokens | 1.5 billion | 40 gigabytes of web pages |
 # | GPT-3 (2020) | 96 | 12,288 | 96 | 2,048 tokens | 175 billion | 300 billion tokens |
 #
-# Small changes have come since: tokens of several characters, positions that turn queries and keys
-# instead of being added, other activations and norms, heads that share keys and values so that the
-# cache is smaller. The plan is the one that you have in front of you.
+# The last two read tokens of several characters. Small changes have come since: positions that turn
+# queries and keys instead of being added, other activations and norms, heads that share keys and
+# values so that the cache is smaller. The plan is the one that you have in front of you.
 #
 # What comes out continues texts. Ask it a question and it may go on with ten more questions, since
 # that is how lists of questions look. An assistant takes more training, **fine-tuning**: go on from
@@ -1089,7 +1090,7 @@ plt.show()
 # |---|---|---|---|
 # | encoder | all positions | understanding: search, sorting texts | BERT |
 # | decoder | itself and those before | writing | GPT, this course |
-# | both | those before, and all of the source | translating | transformer of 2017, T5 |
+# | both | itself and those before, and all of the source | translating | transformer of 2017, T5 |
 
 # %%
 source, output = "je dors", "i sleep"
@@ -1175,7 +1176,7 @@ def exercise_1() -> None:
 #
 # ```python
 # def trapezoid(step: int, config: Config) -> float:
-#     up = (step + 1) / config.warmup_iters
+#     up = (step + 1) / max(1, config.warmup_iters)
 #     down = (config.max_iters - step) / (0.2 * config.max_iters)
 #     return config.learning_rate * min(up, 1.0, down)
 # ```
@@ -1223,8 +1224,8 @@ def exercise_2() -> None:
 #
 # ### 3 · How much does a cache hold?
 #
-# Give the number of numbers in all caches of a model, for `B` texts with `S` characters seen so
-# far.
+# Say how many numbers all caches of a model hold together, for `B` texts with `S` characters seen
+# so far.
 
 
 # %% tags=["exercise"]
@@ -1234,7 +1235,7 @@ def cache_numbers(config: Config, B: int, S: int) -> int: ...
 # %% tags=["check"]
 @check
 def exercise_3() -> None:
-    for config, B, S in ((tiny, 1, 1), (replace(tiny, n_layer=3, n_head=2), 2, 7)):
+    for config, B, S in ((replace(tiny, n_layer=3), 2, 7), (tiny, 1, 1)):
         answer = given(cache_numbers(config, B, S))
         caches = Model(config).new_caches()
         Model(config)(torch.zeros(B, S, dtype=torch.long), caches=caches)
@@ -1293,7 +1294,8 @@ print(f"on the other text {exact_loss(pretrained, held_back):.3f}")
 
 # %% [markdown]
 # Write the loop that goes on from the weights that `model` has, for so many steps at a constant
-# learning rate. Take `torch.optim.AdamW`, batches of 16 with `draw_batch`, and a generator with a
+# learning rate. Take `torch.optim.AdamW`, batches of 16 pieces of
+# `model.block_size` characters from `draw_batch`, and a generator with a
 # seed. Return the list of the losses.
 
 
@@ -1350,6 +1352,6 @@ def exercise_4() -> None:
 # it has become worse. What is not practised is forgotten.
 #
 # This was the last notebook. `python gpt.py --init-from RUN_FOLDER --data FILE` does the same with
-# a whole run.
+# a whole run (`--extend-vocabulary` where the file has new characters).
 #
 # </details>

@@ -386,6 +386,7 @@ DAMAGED = {
     "not a number": "HEAD\n0,3.1,nan,0.001,0,0.1\n",
     "backwards": "HEAD\n5,3.1,3.2,0.001,0,0.1\n5,3.0,3.1,0.001,0,0.1\n",
     "another heading": "step,loss\n0,3.1\n",
+    "losses swapped": "step,val_loss,train_loss,learning_rate,tokens,seconds\n0,3.1,3.2,0.1,0,1\n",
     "no text": "\udcff\udcfe",
     "gone": None,
 }
