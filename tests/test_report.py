@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAGES
+from conftest import COMPARE_STEPS, ROOT, STAGES
 from playwright.sync_api import Browser, Page
 
 from comparison.report import CodeLine, difference, read_code
+from sample import generate, load
 
 
 @pytest.fixture
@@ -121,6 +122,10 @@ def test_the_samples_go_on_from_the_same_prompt(page: Page, trained: Path) -> No
     assert {sample[: len(prompt)] for sample in samples} == {prompt}
     assert {len(sample) for sample in samples} == {len(prompt) + 50}
     assert len(set(samples)) == len(STAGES)
+    folder = trained / "runs" / "compare" / "text" / f"residual-{COMPARE_STEPS}-steps-seed-1"
+    model, tokenizer = load(folder, "cpu")
+    continued = "".join(generate(model, tokenizer, prompt, length=50, seed=1))
+    assert samples[STAGES.index("residual")] == prompt + continued
 
 
 def test_the_table_is_the_one_that_was_printed(page: Page, trained: Path) -> None:
