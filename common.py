@@ -181,8 +181,6 @@ def clear_errors(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
             if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes one says it
                 sys.exit(2)
             refuse(str(error))

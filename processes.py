@@ -3,6 +3,7 @@
 In a program that runs by itself there is one process, the first, and all of this does nothing.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,24 @@ COUNT_HERE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the same, counted on this machine
 FIRST = RANK == 0  # this one writes and prints, and the others keep quiet
 
+talk = None  # the group in which they talk; gradients go through PyTorch's own
+
 
 def meet() -> None:
     """Wait for the others, if there are any."""
+    global talk
     if COUNT > 1:
         cards = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo")
+        dist.init_process_group("nccl" if cards else "gloo")
+        talk = dist.new_group(backend="gloo")
+        atexit.register(leave)
+
+
+def leave() -> None:
+    """Wait until the threads that talk have ended: one that outlives Python ends in a crash."""
+    global talk
+    dist.destroy_process_group()
+    talk = None
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -48,7 +61,7 @@ def of_the_first(value: Any) -> Any:
     """What the first process has, in all of them."""
     box = [value]
     if COUNT > 1:
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=talk)
     return box[0]
 
 
@@ -74,15 +87,10 @@ def any_of(*wishes: bool) -> list[bool]:
 def total(values: Tensor) -> Tensor:
     """The sum over all processes."""
     if COUNT > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=talk)
     return values
 
 
 def mine(rows: Tensor) -> Tensor:
     """This process's share of a batch."""
     return rows.chunk(COUNT)[RANK]
-
-
-def leave() -> None:
-    if COUNT > 1:
-        dist.destroy_process_group()

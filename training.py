@@ -176,7 +176,6 @@ class Run(Settings):
                     if processes.FIRST:
                         command = self.resume_command(self.folder)
                         print(f"stopped at step {self.step}; to go on: {command}")
-                    processes.leave()
                     raise SystemExit(130)
 
     def portions(self, batch: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -312,7 +311,6 @@ class Run(Settings):
 
     def finish(self) -> None:
         """Say how far the run came, and let its best state write a text."""
-        processes.leave()
         if not processes.FIRST:
             return
         best = min(self.rows, key=validation_loss)

@@ -39,13 +39,13 @@ def torchrun(tmp_path: Path, text: Path) -> Iterator[Callable]:
     """Start a script in two processes; whatever still runs after the test is ended."""
     started = []
 
-    def call(*flags: object, script: str = "gpt") -> subprocess.Popen:
+    def call(*flags: object, script: str | Path = "gpt") -> subprocess.Popen:
         words = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
         arguments = [str(flag) for flag in flags]
         if "--resume" not in arguments:
             arguments += ["--data", str(text)]
         process = subprocess.Popen(
-            [sys.executable, *words, ROOT / f"{script}.py", *arguments],
+            [sys.executable, *words, f"{ROOT / script}.py", *arguments],
             cwd=tmp_path,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
@@ -204,6 +204,38 @@ def test_ctrl_c_stops_all_at_the_same_step(
     assert run("gpt", "--resume", "--out", stopped, "--sample-length", 20)[0] == 0
     assert run("gpt", *EXACT, *LONG, "--out", whole)[0] == 0
     assert_same_progress(stopped, whole)
+
+
+ENDS = """
+import atexit, os, pathlib, sys
+
+def count_threads():
+    names = [task.read_text() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
+    os.write(1, f"{sum('gloo_runloop' in name for name in names)} left\\n".encode())
+
+atexit.register(count_threads)  # called after what is registered later
+import torch
+sys.path.insert(0, sys.argv[1])
+import processes
+
+processes.meet()
+learning = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+os.write(1, f"the sum is {processes.total(torch.ones(1)).item()}\\n".encode())
+count_threads()
+"""
+
+
+@needs_proc
+def test_no_thread_that_talks_outlives_python(torchrun: Callable, tmp_path: Path) -> None:
+    # Such a thread now and then wants Python back while that is ending, which aborts the process.
+    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
+    process = torchrun(ROOT, script=tmp_path / "ends")
+    output, errors = process.communicate(timeout=TIME_LIMIT)
+    assert process.returncode == 0, errors
+    lines = output.splitlines()
+    assert lines.count("the sum is 2.0") == 2
+    # Two of the four are PyTorch's for gradients: it never ends them, nor do they touch Python.
+    assert lines.count("4 left") == lines.count("2 left") == 2
 
 
 REFUSALS = [
