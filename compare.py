@@ -3,6 +3,7 @@
     python compare.py                              every stage, with three seeds
     python compare.py --max-iters 200 --seeds 1    a quick look
     python compare.py --no-train                   what is there already
+    python compare.py --modern                     modern_gpt.py without each of its ideas
 
 Prints a table, and writes it beside the curves and report.html, a page to look at. Runs that are
 there, below runs/, are not trained again; those of another text, of other settings or by another
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -32,8 +34,17 @@ except ImportError:  # Windows has none
 
 from common import Tokenizer, UserError, clear_errors, known_entropy, pick_device
 from comparison.curves import THEMES, picture
+from comparison.ideas import (
+    EQUAL_STEPS,
+    IdeaLine,
+    equal_seconds,
+    idea_lines,
+    idea_notes,
+    idea_picture,
+    idea_table,
+)
 from comparison.report import first_line, report
-from comparison.runs import STAGES, Found, Rung, Terms, TrainedRun, find_runs, read_run
+from comparison.runs import RUNGS, STAGES, Found, Rung, Terms, TrainedRun, find_runs, read_run
 from comparison.table import as_markdown, as_text, lines_of, notes, results_csv, results_of, table
 from flags import COUNT, Parser, add_device_flag, add_sampling_flags
 from prepare import open_text
@@ -44,6 +55,7 @@ from training import duration
 ROOT = Path(__file__).resolve().parent
 RUNS = Path("runs", "compare")  # where the runs go that are trained here
 MOST_AT_ONCE = 4  # each has a PyTorch of its own in memory
+LARGE = ("gpt", "modern_gpt")  # these keep all cores busy by themselves
 
 
 class Job(NamedTuple):
@@ -53,7 +65,7 @@ class Job(NamedTuple):
     seed: int
     folder: Path
     words: tuple[str, ...]  # of its command line
-    alone: bool  # keeps all cores busy by itself
+    alone: bool
 
     @property
     def name(self) -> str:
@@ -72,7 +84,7 @@ def jobs_for(terms: Terms, found: Found) -> list[Job]:
             folder = free_folder(terms, rung, seed)
             words = [*terms.flags(rung), "--seed", str(seed)]
         words += ["--data", terms.corpus.path, "--device", terms.device, "--out", str(folder)]
-        jobs.append(Job(rung, seed, folder, tuple(words), alone=rung.stage == "gpt"))
+        jobs.append(Job(rung, seed, folder, tuple(words), alone=rung.stage in LARGE))
     return sorted(jobs, key=lambda job: job.alone)
 
 
@@ -114,7 +126,7 @@ def train(jobs: list[Job], locked: int) -> list[str]:
             while waiting and len(running) < (1 if waiting[0].alone else at_once):
                 job = waiting.pop(0)
                 if job.alone:
-                    print(f"now {job.name}, which takes longest", flush=True)
+                    print(f"now {job.name}", flush=True)
                 running[job] = start(job, locked)
             time.sleep(0.05)
             for job, (process, errors) in list(running.items()):
@@ -200,6 +212,11 @@ def parse() -> argparse.Namespace:
         "--max-iters", type=COUNT, metavar="N", help="how many steps each (default: each its own)"
     )
     parser.add_argument(
+        "--modern",
+        action="store_true",
+        help="compare modern_gpt.py with itself, each time without one of its ideas",
+    )
+    parser.add_argument(
         "--no-train", action="store_true", help="compare the runs that are there already"
     )
     parser.add_argument(
@@ -233,13 +250,21 @@ def main() -> None:
     device = options.device or "auto"
     if device == "auto" or not options.no_train:
         device = pick_device(device).type
-    terms = Terms(corpus, device, options.stages, seeds, options.max_iters)
+    ladder = EQUAL_STEPS if options.modern else RUNGS
+    terms = Terms(corpus, device, options.stages, seeds, options.max_iters, ladder)
     tokenizer = Tokenizer(corpus.vocabulary)
     prompt = options.prompt or first_line(corpus) or first_prompt(tokenizer)
     encode_prompt(tokenizer, prompt)  # what is wrong is refused now rather than at the end
     out = options.out or RUNS / corpus.name
+    if not options.no_train:
+        make_folder(out)  # where it cannot be made, better now than at the end
 
     found, failed = find_runs(terms, RUNS), []
+    if options.modern:  # how many steps are equal seconds, only finished runs can tell
+        if not options.no_train:
+            found, failed = train_missing(terms, found)
+        terms = with_equal_seconds(terms, found)
+        found = find_runs(terms, RUNS)
     say_left_out(found.left_out)
     if options.no_train:
         say_left_out([f"{run.folder}: unfinished" for run in found.unfinished.values()])
@@ -247,8 +272,7 @@ def main() -> None:
         lacking = [rung.name for rung in terms.to_train() if rung not in there]
         if there and lacking:
             print(f"not there: {', '.join(lacking)}")
-    else:
-        make_folder(out)  # where it cannot be made, better now than at the end
+    elif not failed:
         found, failed = train_missing(terms, found)
     not_trained = UserError(f"not trained: {'; '.join(failed)} (the lines marked FAILED say why)")
     if failed and not found.finished:
@@ -261,9 +285,16 @@ def main() -> None:
             + (f"add {shorter[1]} for those that are" if shorter else "leave out --no-train")
         )
     make_folder(out)
-    write(found.by_rung(), terms, prompt, options, out)
+    if options.modern:
+        write_ideas(found.by_rung(terms.ladder), terms, out)
+    else:
+        write(found.by_rung(), terms, prompt, options, out)
     if failed:
         raise not_trained
+
+
+def with_equal_seconds(terms: Terms, found: Found) -> Terms:
+    return replace(terms, ladder=EQUAL_STEPS + equal_seconds(found, terms))
 
 
 def train_missing(terms: Terms, found: Found) -> tuple[Found, list[str]]:
@@ -314,7 +345,8 @@ def write(
     print("\n" + as_text(rows, width))
     for remark in filter(None, [*remarks, warning]):
         print(textwrap.fill(remark, width))
-    page = report(groups, lines, rows, warning, remarks, terms.corpus, prompt, options)
+    ideas = ideas_there(terms) if "modern_gpt" in terms.stages else []
+    page = report(groups, lines, rows, warning, remarks, ideas, terms.corpus, prompt, options)
     files = {
         "losses.csv": results_csv(results),
         "table.md": "\n".join([as_markdown(rows), *remarks, warning]).encode(
@@ -327,6 +359,40 @@ def write(
     }
     write_together({out / name: content for name, content in files.items()})
     print(f"the page to look at: {out / 'report.html'}")
+
+
+def ideas_there(terms: Terms) -> list[IdeaLine]:
+    """What `--modern` has trained already."""
+    terms = replace(terms, ladder=EQUAL_STEPS)
+    terms = with_equal_seconds(terms, find_runs(terms, RUNS))
+    found = find_runs(terms, RUNS)
+    return idea_lines(results_of(found.by_rung(terms.ladder)))
+
+
+def write_ideas(groups: dict[Rung, list[TrainedRun]], terms: Terms, out: Path) -> None:
+    """Print the table of ideas, and write it and its picture."""
+    results = results_of(groups)
+    lines = idea_lines(results)
+    if len(lines) < 2:
+        raise UserError(
+            "nothing to compare: modern_gpt.py with all ideas, and without one, must both be "
+            "there; leave out --no-train"
+        )
+    runs = [run for runs in groups.values() for run in runs]
+    rows, remarks = idea_table(lines), idea_notes(lines, runs)
+    width = shutil.get_terminal_size((160, 24)).columns
+    print("\n" + as_text(rows, width))
+    for remark in filter(None, [*remarks, terms.warning()]):
+        print(textwrap.fill(remark, width))
+    files = {
+        "modern.csv": results_csv(results),
+        "modern.md": "\n".join([as_markdown(rows), *remarks, terms.warning()]).encode("utf-8"),
+        "modern.svg": idea_picture(lines, THEMES["light"], "svg"),
+        "modern-dark.svg": idea_picture(lines, THEMES["dark"], "svg"),
+        "modern.png": idea_picture(lines, THEMES["light"], "png"),
+    }
+    write_together({out / name: content for name, content in files.items()})
+    print(f"the picture to look at: {out / 'modern.png'}")
 
 
 if __name__ == "__main__":

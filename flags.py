@@ -48,9 +48,12 @@ SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 up")
 POSITIVE = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 POSITIVE_OR_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number from 0 up")
 FRACTION = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+SHARE = number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
 FIELD_TYPES = {int: COUNT, float: POSITIVE}
 SPECIAL_FIELDS = {
     "dropout": FRACTION,
+    "muon_momentum": FRACTION,
+    "cooldown": SHARE,
     "weight_decay": POSITIVE_OR_ZERO,
     "warmup_iters": COUNT_OR_ZERO,
 }
@@ -121,6 +124,9 @@ def add_config_flags(parser: Parser, config_class: type, presets: dict[str, Any]
         kind = types[field.name]
         if kind in (bool, bool | None):
             how = {"action": argparse.BooleanOptionalAction}
+        elif names := names_for(kind):
+            choices = (*names, "all")
+            how = {"action": "extend", "nargs": "+", "choices": choices, "metavar": "NAME"}
         elif kind in FIELD_TYPES:
             how = {"type": SPECIAL_FIELDS.get(field.name, FIELD_TYPES[kind]), "metavar": "N"}
         else:
@@ -132,6 +138,8 @@ def add_config_flags(parser: Parser, config_class: type, presets: dict[str, Any]
                 default = ", ".join(f"{name} {value}" for name, value in values.items())
         if default is None:
             default = "what suits the machine"
+        elif default == ():
+            default = "none"
         group.add_argument(
             flag(field.name),
             default=argparse.SUPPRESS,
@@ -146,8 +154,24 @@ def flag(field_name: str) -> str:
 
 def given_fields(options: argparse.Namespace, config_class: type) -> dict[str, Any]:
     """The fields of the config that the command line sets."""
-    names = [field.name for field in fields(config_class)]
-    return {name: getattr(options, name) for name in names if name in options}
+    given = {}
+    for name, kind in typing.get_type_hints(config_class).items():
+        if name in options:
+            value = given[name] = getattr(options, name)
+            if names := names_for(kind):  # in whichever order they were given
+                given[name] = tuple(each for each in names if each in value or "all" in value)
+    return given
+
+
+def names_for(kind: type) -> tuple[str, ...]:
+    """Those that a field takes several of."""
+    is_several = typing.get_origin(kind) is tuple
+    return typing.get_args(typing.get_args(kind)[0]) if is_several else ()
+
+
+def typed(value: Any) -> str:
+    """A flag's value as it would be typed."""
+    return " ".join(value) or "nothing" if isinstance(value, tuple) else str(value)
 
 
 def add_device_flag(group: argparse._ActionsContainer) -> None:

@@ -33,15 +33,18 @@ def generate(
     """Yield `length` characters that continue the prompt, each as soon as it is drawn.
 
     A model that offers caches sees each character once; `cached=False` gives the same text slowly.
+    Where its window slides, the next character finds the last ones in the caches; where it does
+    not, a text that outgrows the window goes on from half of it.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     numbers = tokenizer.encode(prompt or first_prompt(tokenizer))[-model.block_size :]
     cached = cached and hasattr(model, "new_caches")
+    slides = getattr(model, "slides", False)
     seen = 0  # how many of these numbers the caches hold
     model.eval()
     for _ in range(length):
-        if len(numbers) > model.block_size:  # more than the model can see: go on from half of it
+        if len(numbers) > model.block_size and not slides:
             numbers, seen = numbers[-max(1, model.block_size // 2) :], 0
         if cached and seen == 0:
             caches = model.new_caches()

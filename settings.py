@@ -14,7 +14,7 @@ from common import (
     UserError,
     pick_device,
 )
-from flags import flag, given_fields, parse_flags
+from flags import flag, given_fields, parse_flags, typed
 from prepare import open_text
 from run_folder import holds_run, newest_run, read_checkpoint, saved_config, script_sha256
 from sample import encode_prompt
@@ -102,7 +102,8 @@ class Settings:
             if name not in MAY_CHANGE_FROM_A_SOURCE and value != self.source["config"].get(name):
                 raise UserError(
                     f"the weights in {folder} are those of {flag(name)} "
-                    f"{self.source['config'].get(name)}, not {value}: leave that flag out"
+                    f"{typed(self.source['config'].get(name))}, not {typed(value)}: leave that "
+                    "flag out"
                 )
         self.config = saved_config(config_class, self.source)
 
@@ -120,8 +121,9 @@ class Settings:
         for name, value in asked.items():
             if name not in MAY_CHANGE_ON_RESUME and value != saved.get(name):
                 raise UserError(
-                    f"the run in {self.folder} was made with {flag(name)} {saved.get(name)}, not "
-                    f"{value}: resume it without that flag, or start a new run"
+                    f"the run in {self.folder} was made with {flag(name)} "
+                    f"{typed(saved.get(name))}, not {typed(value)}: resume it without that "
+                    "flag, or start a new run"
                 )
         self.config = replace(saved_config(config_class, self.saved), **given)
         if self.config.max_iters < self.saved["step"]:

@@ -146,10 +146,10 @@ class Run(Settings):
         return torch.autocast(self.device.type, self.number_format)
 
     def batches(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, model: nn.Module, *optimizers: torch.optim.Optimizer
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches to learn from; in between evaluate, log, save, and heed Ctrl-C."""
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizers = model, optimizers
         if self.network is None:
             self.network = model
         few = threads(self.step_threads)
@@ -354,7 +354,7 @@ class Run(Settings):
                 "step": self.step,
                 "train_loss": train_loss,
                 "val_loss": val_loss,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "learning_rate": self.optimizers[0].param_groups[0]["lr"],
                 "tokens": self.step * self.config.batch_size * self.config.block_size,
                 "seconds": time.perf_counter() - self.started,
             }
@@ -431,7 +431,7 @@ class Run(Settings):
             "corpus": corpus_record(self.corpus),
             "vocabulary": self.tokenizer.vocabulary,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "rows": self.rows,
@@ -459,8 +459,9 @@ class Run(Settings):
             (self.folder / "sample.txt").unlink(missing_ok=True)  # it is finished no longer
         load_weights(self.model, saved)
         try:
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except ValueError:
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except (KeyError, ValueError):
             raise changed_since(saved) from None
         self.step, self.rows, self.seconds = saved["step"], saved["rows"], saved["seconds"]
         self.loss_sum, self.loss_count = saved["loss_sum"], saved["loss_count"]

@@ -29,19 +29,33 @@ class Theme(NamedTuple):
     def colour(self, stage: str) -> str:
         return self.colours[STAGES.index(stage)]
 
+    def style(self) -> dict[str, object]:
+        return {
+            "font.family": "DejaVu Sans",
+            "font.size": 11,
+            "svg.hashsalt": "curves",  # the same picture is the same file
+            "text.color": self.ink,
+            "axes.labelcolor": self.ink,
+            "axes.edgecolor": self.faint,
+            "xtick.color": self.ink,
+            "ytick.color": self.ink,
+            "axes.facecolor": self.background,
+            "figure.facecolor": self.background,
+        }
+
 
 THEMES = {
     "light": Theme(
         "#ffffff",
         "#1f2328",
         "#d0d7de",
-        ("#340934", "#200376", "#0678ea", "#597603", "#590202", "#ae4293", "#df4c71"),
+        ("#2c1111", "#808017", "#215821", "#3387db", "#180259", "#9632fa", "#83326f", "#df4c71"),
     ),
     "dark": Theme(
         "#0d1117",
         "#e6edf3",
         "#30363d",
-        ("#f6cbf6", "#7a4ffa", "#4fa5fa", "#b1ea06", "#ea0606", "#ae4293", "#fa4f7a"),
+        ("#ea0606", "#eaea06", "#66e466", "#c3e0fd", "#ad98ed", "#9632fa", "#cd059b", "#cd7c90"),
     ),
 }
 
@@ -53,27 +67,19 @@ def picture(
     axes: tuple[str, ...] = tuple(AXES),
 ) -> bytes:
     """A panel for each of `axes`, side by side."""
-    settings = {
-        "font.family": "DejaVu Sans",
-        "font.size": 11,
-        "svg.hashsalt": "curves",  # the same picture is the same file
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "axes.edgecolor": theme.faint,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "axes.facecolor": theme.background,
-        "figure.facecolor": theme.background,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(theme.style()):
         figure = Figure(figsize=(5.6 * len(axes), 4.8), layout="constrained")
         for panel, column in zip(
             figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True
         ):
             draw(panel, groups, theme, column)
-        content = io.BytesIO()
-        metadata = {"Date": None} if format == "svg" else {}
-        figure.savefig(content, format=format, dpi=160, metadata=metadata)
+        return written(figure, format)
+
+
+def written(figure: Figure, format: str) -> bytes:
+    content = io.BytesIO()
+    metadata = {"Date": None} if format == "svg" else {}
+    figure.savefig(content, format=format, dpi=160, metadata=metadata)
     return content.getvalue()
 
 

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from common import Corpus, Tokenizer, UserError
 from comparison.curves import AXES, THEMES, picture
+from comparison.ideas import IdeaLine, idea_picture, idea_table
 from comparison.runs import STAGES, Rung, TrainedRun
 from comparison.table import TEXT_COLUMNS, Line, Table
 from sample import generate, load
@@ -29,6 +30,7 @@ def report(
     table: Table,
     warning: str,
     notes: list[str],
+    ideas: list[IdeaLine],
     corpus: Corpus,
     prompt: str,
     options: argparse.Namespace,
@@ -61,6 +63,12 @@ def report(
         },
         table=table,
         text_columns=TEXT_COLUMNS,
+        ideas=idea_table(ideas) if len(ideas) > 1 else None,
+        ideas_picture={
+            name: data_address(idea_picture(ideas, theme, "svg"))
+            for name, theme in THEMES.items()
+            if len(ideas) > 1
+        },
         warning=warning,
         notes=notes,
         prompt=prompt,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import Corpus, UserError
-from flags import flag, given_fields, parse_flags
+from flags import flag, given_fields, parse_flags, typed
 from run_folder import read_losses, script_sha256
 from sample import stage_module
 from settings import preset_for
@@ -19,6 +19,7 @@ STAGES = (
     "residual",
     "layer_norm",
     "gpt",
+    "modern_gpt",
 )
 
 
@@ -53,6 +54,9 @@ RUNGS = (
     Rung("layer_norm", "--norm post", "normalised after"),
     Rung("gpt", "--preset small", "scaled up, for a processor"),
     Rung("gpt", "--preset full", "scaled up, for a graphics card"),
+    Rung("modern_gpt", "--preset small", "what changed since, for a processor"),
+    Rung("modern_gpt", "--preset middle", "the same with more time"),
+    Rung("modern_gpt", "--preset full", "the same for a graphics card"),
 )
 
 
@@ -91,7 +95,10 @@ def read_run(folder: Path) -> TrainedRun:
         run = TrainedRun(
             folder,
             stage=settings["stage"],
-            config=dict(settings["config"]),
+            config={
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in dict(settings["config"]).items()
+            },
             seed=int(settings["seed"]),
             device=settings["device"],
             corpus=settings["corpus"]["name"],
@@ -125,18 +132,22 @@ class Terms:
     stages: tuple[str, ...] = STAGES
     seeds: range | None = None  # None: whichever are there
     max_iters: int | None = None  # None: what each stage takes by itself
+    ladder: tuple[Rung, ...] = RUNGS  # what is compared
 
     def rungs(self) -> list[Rung]:
-        return [rung for rung in RUNGS if rung.stage in self.stages]
+        return [rung for rung in self.ladder if rung.stage in self.stages]
 
     def to_train(self) -> list[Rung]:
-        preset = f"--preset {preset_for(self.device)}"
-        return [rung for rung in self.rungs() if rung.stage != "gpt" or rung.flags == preset]
+        if self.ladder != RUNGS:
+            return self.rungs()
+        other_presets = {"small", "middle", "full"} - {preset_for(self.device)}
+        unsuited = {f"--preset {preset}" for preset in other_presets}
+        return [rung for rung in self.rungs() if rung.flags not in unsuited]
 
     def flags(self, rung: Rung) -> list[str]:
         """What makes a run of it, seed and text apart."""
         words = rung.flags.split()
-        if self.max_iters:
+        if self.max_iters and "--max-iters" not in words:
             words += ["--max-iters", str(self.max_iters)]
             words += ["--eval-interval", str(max(1, self.max_iters // 10))]
         return words
@@ -151,7 +162,9 @@ class Terms:
 
     def warning(self) -> str:
         """Fewer steps than a stage is made for say little."""
-        usual = {replace(self, max_iters=None).config(rung)["max_iters"] for rung in RUNGS}
+        own = replace(self, max_iters=None)
+        whole = [rung for rung in self.ladder if "--max-iters" not in rung.flags]
+        usual = {own.config(rung)["max_iters"] for rung in whole}
         if not self.max_iters or self.max_iters >= min(usual):
             return ""
         return (
@@ -164,6 +177,8 @@ class Terms:
         rungs = [rung for rung in self.rungs() if rung.stage == run.stage]
         if not rungs:
             raise LeftOut("")  # as --stages asks for
+        if run.config.get("without") and self.ladder == RUNGS:
+            raise LeftOut("")  # as is what compare.py --modern compares
         if run.sha256 != self.corpus.sha256:
             raise LeftOut(f"learnt another text, {run.corpus}")
         if run.script_sha256 != script_sha256(run.stage):
@@ -189,13 +204,13 @@ class Terms:
 
 def different_settings(have: dict[str, Any], want: dict[str, Any]) -> list[str]:
     """The flags that made the difference."""
-    words = [f"without {flag(name)}" for name in want.keys() - have.keys()]
+    told = [f"without {flag(name)}" for name in want.keys() - have.keys()]
     for name, value in have.items():
         if name not in want or value != want[name]:
             on_or_off = {True: flag(name), False: flag(f"no_{name}")}
             is_switch = isinstance(value, bool)
-            words.append(on_or_off[value] if is_switch else f"{flag(name)} {value}")
-    return words
+            told.append(on_or_off[value] if is_switch else f"{flag(name)} {typed(value)}")
+    return told
 
 
 @dataclass
@@ -206,9 +221,9 @@ class Found:
     unfinished: dict[tuple[Rung, int], TrainedRun] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
-    def by_rung(self) -> dict[Rung, list[TrainedRun]]:
+    def by_rung(self, ladder: tuple[Rung, ...] = RUNGS) -> dict[Rung, list[TrainedRun]]:
         """In the order of the ladder, and of the seeds."""
-        keys = sorted(self.finished, key=lambda key: (RUNGS.index(key[0]), key[1]))
+        keys = sorted(self.finished, key=lambda key: (ladder.index(key[0]), key[1]))
         groups: dict[Rung, list[TrainedRun]] = {}
         for key in keys:
             groups.setdefault(key[0], []).append(self.finished[key])

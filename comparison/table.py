@@ -116,7 +116,8 @@ def stage_before(rung: Rung, lines: list[Line]) -> Line | None:
     """What a stage is compared with, and each of its variants too."""
     others = [each for each in lines if each.rung.stage != rung.stage]
     stages = [each for each in others if not each.rung.is_variant]
-    return stages[-1] if stages else None
+    alike = [each for each in stages if each.rung.flags == rung.flags]  # of the same preset
+    return (alike or stages or [None])[-1]
 
 
 def gain(before: list[float], after: list[float]) -> Estimate:
@@ -129,7 +130,7 @@ def gain(before: list[float], after: list[float]) -> Estimate:
 
 
 Table = list[list[str]]  # the headings, then a row for each line
-TEXT_COLUMNS = ("run", "what is new")  # the others are numbers
+TEXT_COLUMNS = ("run", "what is new", "left out")  # the others are numbers
 DROPPED_FIRST = (
     *("what is new", "characters a second", "bits per character", "train loss", "parameters"),
     "seconds to train",
@@ -186,13 +187,16 @@ def notes(lines: list[Line], runs: list[TrainedRun]) -> list[str]:
 def as_markdown(table: Table) -> str:
     headings, *rows = table
     rule = ["---" if heading in TEXT_COLUMNS else "---:" for heading in headings]
-    rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
+    if headings[0] == "run":
+        rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [headings, rule, *rows]) + "\n"
 
 
 def as_text(table: Table, width: int) -> str:
     """For a terminal: columns that do not fit are left out, the least important first."""
     for heading in DROPPED_FIRST:
+        if heading not in table[0]:
+            continue
         if len(text_lines(table)[0]) <= width:
             break
         i = table[0].index(heading)

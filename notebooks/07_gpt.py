@@ -1351,7 +1351,9 @@ def exercise_4() -> None:
 # the frequent letters are much the same in both texts. And look at the last number: on Pocket Play
 # it has become worse. What is not practised is forgotten.
 #
-# This was the last notebook. `python gpt.py --init-from RUN_FOLDER --data FILE` does the same with
-# a whole run (`--extend-vocabulary` where the file has new characters).
+# `python gpt.py --init-from RUN_FOLDER --data FILE` does the same with a whole run
+# (`--extend-vocabulary` where the file has new characters).
 #
 # </details>
+#
+# The ladder ends here. [08_modern_gpt](08_modern_gpt.ipynb) asks what has changed since GPT-2.

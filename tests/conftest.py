@@ -21,11 +21,13 @@ STAGES = (
     "residual",
     "layer_norm",
     "gpt",
+    "modern_gpt",
 )
 SMALL = "--max-iters 20 --eval-interval 10 --batch-size 4 --block-size 8 --sample-length 20".split()
 SMALL_MODEL = {stage: ["--n-embd", "8"] for stage in STAGES}
 SMALL_MODEL["bigram"] = []
 SMALL_MODEL["gpt"] = "--n-embd 8 --n-head 2 --n-layer 2 --dropout 0.1 --warmup-iters 5".split()
+SMALL_MODEL["modern_gpt"] = SMALL_MODEL["gpt"]
 
 COMPARE_STEPS = 20
 COMPARE = [
@@ -131,7 +133,12 @@ def same_state(first: Path, second: Path) -> bool:
     states = [torch.load(path, weights_only=True) for path in (first, second)]
     tensors = [
         [*state["model"].values()]
-        + [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
+        + [
+            value
+            for optimizer in state["optimizers"]
+            for entry in optimizer["state"].values()
+            for value in entry.values()
+        ]
         + [state["batch_state"], state["device_state"]]
         for state in states
     ]

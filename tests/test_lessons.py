@@ -32,6 +32,7 @@ STAGES = [
     "residual",
     "layer_norm",
     "gpt",
+    "modern_gpt",
 ]
 every_stage = pytest.mark.parametrize("stage", STAGES)
 neighbours = pytest.mark.parametrize("before, after", list(itertools.pairwise(STAGES)))
@@ -216,7 +217,7 @@ def test_neighbours_keep_their_order(before, after):
 # Shapes are true: every shape comment is compared with the tensor while the code runs.
 
 # All differ, also from 3 and 4, which stand in the comments as numbers, and from T + 1.
-SIZES = {"B": 5, "T": 8, "C": 42, "H": 6, "D": 7, "V": 11}
+SIZES = {"B": 5, "T": 8, "C": 84, "H": 6, "D": 14, "V": 11}
 CACHED = 4  # so many characters are in a cache: attention sees S = T + CACHED of them
 BLOCK_SIZE = 13  # what T means where no text has come in yet, in `__init__`
 SHAPE_COMMENT = re.compile(r"# \(([^()a-z]+)\)(?: (each|both)\b)?")
@@ -340,6 +341,8 @@ def variants(config_class: type) -> Iterator[object]:
             options[field.name] = (sizes[field.name],)
         elif field.type in (bool, bool | None):
             options[field.name] = (True, False)
+        elif get_origin(field.type) is tuple:
+            options[field.name] = ((), get_args(get_args(field.type)[0]))
         elif get_origin(field.type) is Literal:
             options[field.name] = get_args(field.type)
     for choice in itertools.product(*options.values()):

@@ -1,0 +1,1569 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 8 · A modern GPT
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/character-gpt/course/blob/main/notebooks/08_modern_gpt.ipynb)
+#
+# The ladder is climbed. This notebook goes on from its top: the same model with ten ideas of the
+# years since GPT-2. After it you can
+#
+# - say what RMSNorm leaves out of LayerNorm;
+# - turn queries and keys by their position, and show that scores then depend on distance alone;
+# - explain why normalised queries and keys keep every score in bounds;
+# - say which weights learn first when every block starts by changing nothing;
+# - orthogonalise an update by hand, and say what that does to its singular values;
+# - look into a trained model: zeros, lengths, learnt shares;
+# - let a model write beyond its block without computing anything twice.
+#
+# Run each cell with shift-enter, from the top. Change things: nothing can break that a restart
+# does not mend.
+
+# %%
+# In Colab this fetches the course; elsewhere it does nothing.
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
+    subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
+    os.chdir("course/notebooks")
+
+# %%
+import copy
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from lesson import BLUE, GREY, ORANGE, check, given, plt, steps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import Tokenizer, UserError, clear_errors, draw_batch, load_corpus
+from sample import generate
+from training import Run, exact_loss
+
+# %%
+corpus = load_corpus()
+vocabulary = corpus.vocabulary
+V = len(vocabulary)
+tokenizer = Tokenizer(vocabulary)
+training, validation = corpus.training, corpus.validation
+held = validation[: steps(20_000)]  # enough of it to compare short trainings
+print(f"{len(training):,} characters to train on, {V} different ones")
+
+# %% [markdown]
+# ## Ten ideas, ten names
+#
+# | name | `gpt.py` | here |
+# |---|---|---|
+# | `rms-norm` | LayerNorm | divide by the length, nothing else |
+# | `rope` | a table of positions is added | queries and keys turn |
+# | `qk-norm` | scores as large as they get | queries and keys of equal length |
+# | `bias-free` | biases | none |
+# | `squared-relu` | ReLU | ReLU, squared |
+# | `zero-init` | output layers start small | they start at zero |
+# | `embedding-norm` | the embedding as it is | scaled like all that layers read |
+# | `re-embedding` | the embedding comes in once | again at every block |
+# | `muon` | AdamW for all | another optimizer for the matrices inside |
+# | `schedule` | a cosine | hold, then fall |
+#
+# None depends on another, so each can be left out by its name: `without` holds those that are.
+
+
+# %%
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Idea = Literal[
+    "rms-norm",
+    "rope",
+    "qk-norm",
+    "bias-free",
+    "squared-relu",
+    "zero-init",
+    "embedding-norm",
+    "re-embedding",
+    "muon",
+    "schedule",
+]
+
+
+@dataclass
+class Config:
+    vocab_size: int = 65  # V: how many different characters the text has
+    block_size: int = 256  # T: how many characters the model sees at once
+    n_embd: int = 384  # C: how many channels describe a character
+    n_head: int = 6  # H: how many heads share these channels, D = C / H each
+    n_layer: int = 6  # how many blocks are stacked
+    dropout: float = 0.2  # which share of the numbers is silenced at random while training
+    batch_size: int = 64  # B: how many such blocks it learns from in one step
+    grad_accumulation: int = 1  # how many portions, at least, a batch is taken in: less memory
+    max_iters: int = 5000  # how many steps it learns for
+    eval_interval: int = 250  # how many steps pass between two evaluations
+    learning_rate: float = 3e-3  # how far a step moves the weights
+    muon_learning_rate: float = 1e-2  # the same for the matrices that Muon moves
+    muon_momentum: float = 0.85  # which share of its direction Muon keeps from step to step
+    warmup_iters: int = 20  # how many steps the learning rate takes to rise to that
+    cooldown: float = 0.7  # over which last share of the steps it falls to zero
+    weight_decay: float = 0.1  # how strongly the matrices are drawn towards zero
+    gradient_clip: float = 1.0  # how long the gradient may be
+    precision: Precision = "auto"  # the number format of the matrix products
+    fused: bool | None = None  # whether attention is one call of PyTorch's
+    compile: bool | None = None  # whether PyTorch compiles the model before it trains
+    without: tuple[Idea, ...] = ()  # which ideas are left out
+
+    def has(self, idea: Idea) -> bool:
+        return idea not in self.without
+
+
+# %%
+PRESETS = {
+    "full": Config(),
+    "middle": Config(n_embd=256, n_head=8),
+    "small": Config(
+        block_size=128,
+        n_embd=192,
+        dropout=0.0,
+        batch_size=32,
+        max_iters=700,
+        eval_interval=175,
+    ),
+}
+
+# %% [markdown]
+# The presets are for the script. This notebook needs a model that trains in seconds, so it has
+# sizes and rates of its own.
+
+# %%
+tiny = Config(
+    vocab_size=V,
+    block_size=32,
+    n_embd=64,
+    n_head=4,
+    n_layer=3,
+    dropout=0.0,
+    batch_size=16,
+    max_iters=300,
+    learning_rate=3e-3,
+    muon_learning_rate=1e-2,
+    muon_momentum=0.85,
+    warmup_iters=15,
+    cooldown=0.7,
+    weight_decay=0.1,
+)
+old = replace(tiny, without=get_args(Idea))  # no idea at all: the model of gpt.py
+D = tiny.n_embd // tiny.n_head  # D: channels of a head
+print(f"C = {tiny.n_embd} channels, H = {tiny.n_head} heads of D = {D}, T = {tiny.block_size}")
+
+# %% [markdown]
+# ## RMSNorm
+#
+# LayerNorm takes the mean away, divides by the spread, then scales and shifts each channel by
+# numbers that it learns. RMSNorm keeps only the division. With $C$ channels:
+#
+# $$\text{RMSNorm}(x) = \frac{x}{\sqrt{\frac{1}{C}\sum_c x_c^2}}$$
+#
+# Afterwards the mean square is 1, so every vector has the length $\sqrt{C}$.
+
+
+# %%
+class RMSNorm(nn.Module):
+    """Scales a vector so that the mean square of its channels is 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+
+
+# %% [markdown]
+# Here are 300 vectors of 64 channels, each with a mean and a spread of its own.
+
+# %%
+torch.manual_seed(1)
+vectors = torch.randn(300, 64) * (torch.rand(300, 1) * 2 + 0.3) + torch.randn(300, 1)  # (300, C)
+figure, axes = plt.subplots(figsize=(8, 3.6))
+for norm, name, colour, at, place in (
+    (nn.Identity(), "before", GREY, None, (-3.9, 27)),
+    (RMSNorm(), "RMSNorm", ORANGE, (0.9, 7.7), (1.5, 5.5)),
+    (nn.LayerNorm(64), "LayerNorm", BLUE, (0.05, 7.7), (1.2, 1.5)),
+):
+    out = norm(vectors).detach()  # (300, C)
+    axes.plot(out.mean(dim=-1), out.norm(dim=-1), "o", color=colour, markersize=4, alpha=0.6)
+    arrow = {"arrowstyle": "-", "color": colour} if at else None
+    axes.annotate(name, at or place, place, color=colour, arrowprops=arrow)
+axes.set(xlabel="mean of the channels", ylabel="length of the vector", ylim=(0, None))
+plt.show()
+
+# %% [markdown]
+# Both norms bring all lengths to $\sqrt{64} = 8$. LayerNorm brings all means to 0 as well, so its
+# vectors lie on one point; RMSNorm leaves them a mean, and so scatters along the line.
+#
+# **Predict before you run the next cell:** add 3 to all channels of every vector. Which of the two
+# norms lets the layers behind it notice?
+
+# %%
+for name, norm in (("LayerNorm", nn.LayerNorm(64)), ("RMSNorm", RMSNorm())):
+    change = (norm(vectors + 3) - norm(vectors)).abs().max().item()
+    print(f"{name:9} changes its output by at most {change:.4f}")
+pytorchs = nn.RMSNorm(64, eps=1e-6, elementwise_affine=False)
+print("as PyTorch's own:", torch.allclose(RMSNorm()(vectors), pytorchs(vectors), atol=1e-6))
+
+# %% [markdown]
+# LayerNorm throws the mean away. Does a trained model miss anything by that? You will look further
+# down.
+#
+# ## RoPE: positions that turn
+#
+# `gpt.py` adds a learnt vector for each position. There are as many as the block is long, and what
+# position 7 means has nothing to do with what position 8 means until it is learnt.
+#
+# Rotary position embedding adds nothing. It takes the channels of a query in pairs, each pair is a
+# point in a plane, and it turns the point about the origin, by an angle that grows with the
+# position $p$. Pair $i$ turns with its own speed $\omega_i$:
+#
+# $$\begin{pmatrix} a \\ b \end{pmatrix} \to
+# \begin{pmatrix} a\cos p\,\omega_i - b\sin p\,\omega_i \\
+# b\cos p\,\omega_i + a\sin p\,\omega_i \end{pmatrix}
+# \qquad \omega_i = 10000^{-2i/D}$$
+#
+# Keys are turned in the same way, values are not.
+
+
+# %%
+class Rotary(nn.Module):
+    """Turns queries and keys by angles that grow with their position.
+
+    What a query and a key have in common then depends on how far apart they stand, not on where.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size % 2:
+            raise UserError(
+                f"rope turns pairs of channels, and a head has {size}: make --n-embd / --n-head "
+                "even, or add --without rope"
+            )
+        # Channels i and i + D/2 are a point in a plane; from plane to plane it turns more slowly.
+        speeds = 10_000.0 ** -(torch.arange(0, size, 2) / size)
+        self.register_buffer("speeds", torch.cat((-speeds, speeds)), persistent=False)
+
+    def forward(self, x: Tensor, first: int) -> Tensor:
+        T, D = x.shape[-2:]
+        positions = torch.arange(first, first + T, device=x.device)  # (T)
+        angles = positions[:, None] * self.speeds  # (T, D)
+        other = x.roll(D // 2, dims=-1)  # each channel's partner
+        return x * angles.cos().to(x.dtype) + other * angles.sin().to(x.dtype)
+
+
+# %% [markdown]
+# `roll` brings to each channel its partner, half a head away. The minus of the formula sits in the
+# first half of `speeds`: the sine of a negative angle is negative.
+#
+# Take one query and put it at the positions 0 to 15.
+
+# %%
+torch.manual_seed(1)
+rotate = Rotary(D)
+query, key = torch.randn(2, D)  # (D) both
+turned = rotate(query.expand(16, D), 0)  # (T, D)
+
+figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.4))
+for axes, pair in zip(panels, (0, 2, 3), strict=True):
+    a, b = turned[:, pair], turned[:, pair + D // 2]  # (T) both
+    radius = math.hypot(a[0], b[0])
+    axes.add_patch(plt.Circle((0, 0), radius, fill=False, color=GREY, alpha=0.4))
+    axes.scatter(a, b, c=range(16), cmap="cividis", s=45, zorder=2)
+    for p in (0, 5, 10, 15) if pair else (0, 1, 2, 3):
+        axes.text(1.22 * a[p], 1.22 * b[p], p, ha="center", va="center")
+    axes.set(xlim=(-1.5 * radius, 1.5 * radius), ylim=(-1.5 * radius, 1.5 * radius))
+    axes.set(xlabel=f"channel {pair}", ylabel=f"channel {pair + D // 2}", aspect="equal")
+    speed = rotate.speeds[D // 2 + pair].item()
+    axes.set_title(f"pair {pair}: {math.degrees(speed):.1f}° a position", fontsize=11)
+plt.show()
+
+# %% [markdown]
+# The numbers are positions; the brighter a point, the later. Pair 0 goes round more than twice,
+# pair 3 has come no further than pair 0 does in a single step. Fast pairs tell neighbours apart,
+# slow ones tell near from far. No length changes. How many positions make a full turn?
+
+# %%
+full_turns = 2 * math.pi / rotate.speeds[D // 2 :]  # (D/2)
+print("positions:", ", ".join(f"{count:,.0f}" for count in full_turns.tolist()))
+
+# %% [markdown]
+# The slowest pair would come round only after a text far longer than any block here.
+#
+# ### Only the distance counts
+#
+# Turn a query by the angle of its position $p$ and a key by that of its position $j$. Turning both
+# by the same angle changes nothing about how they lie to each other, so what remains in their
+# product is the difference, $p - j$.
+#
+# **Predict before you run the next cell:** the same query stands at every position, and so does
+# the same key. Which pattern will the table of all scores have?
+
+# %%
+T = tiny.block_size
+queries = rotate(query.expand(T, D), 0)  # (T, D)
+keys = rotate(key.expand(T, D), 0)  # (T, D)
+scores = queries @ keys.T * D**-0.5  # (T, T)
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(1, 1.3))
+limit = scores.abs().max().item()
+image = left.imshow(scores, cmap="PuOr", vmin=-limit, vmax=limit)
+figure.colorbar(image, ax=left, label="score", shrink=0.8)
+left.set(xlabel="position of the key", ylabel="position of the query")
+for start, colour in ((0, BLUE), (10, ORANGE)):
+    right.plot(range(start, T), scores[start:, start], color=colour, linewidth=2)
+    above = right.get_xaxis_transform()
+    right.text(start, 0.93, f"key at {start}", color=colour, transform=above)
+    right.plot(start, scores[start, start], "o", color=colour)
+right.axhline(0, color=GREY, linewidth=0.8)
+right.margins(y=0.2)
+right.set(xlabel="position of the query", ylabel="score")
+plt.show()
+
+# %% [markdown]
+# Left: each diagonal is one distance, and has one colour. (The upper right half would be masked.)
+# Right: the same key at two places makes the same curve, moved by ten.
+#
+# So move all positions by a thousand: the scores must stay.
+
+# %%
+there = rotate(query.expand(T, D), 1000) @ rotate(key.expand(T, D), 1000).T * D**-0.5  # (T, T)
+print(f"largest change of a score {(there - scores).abs().max().item():.1e}")
+print(f"largest score             {scores.abs().max().item():.1e}")
+
+# %% [markdown]
+# That is rounding. What does such a curve look like further out? Here are two keys: one is the
+# query itself, the other one is the query turned on by 20 positions.
+
+# %%
+same, turned_on = query, rotate(query[None], 20)[0]  # (D) both
+figure, axes = plt.subplots(figsize=(8, 3.4))
+for its_key, name, colour, peak in (
+    (same, "key = query", BLUE, 0),
+    (turned_on, "key = query, turned on by 20", ORANGE, 20),
+):
+    curve = rotate(query.expand(101, D), 0) @ its_key * D**-0.5  # (101): the key is at position 0
+    axes.plot(curve, color=colour, linewidth=2)
+    axes.annotate(name, (peak, curve[peak]), (8, 2), textcoords="offset points", color=colour)
+axes.axhline(0, color=GREY, linewidth=0.8)
+axes.margins(y=0.15)
+axes.set(xlabel="how far the key lies back", ylabel="score")
+plt.show()
+
+# %% [markdown]
+# A query scores highest with its equal at distance 0, where nothing is turned. Turned on by 20, the
+# key is found best 20 characters back. So a head can learn to look at a distance, by learning
+# by which angle its keys are ahead of its queries.
+#
+# What stands in when the idea is left out is the table that you know. For parts that have no
+# older form there is a function that does nothing.
+
+
+# %%
+class PositionTable(nn.Module):
+    """Without rope: a learnt vector for each position, as in gpt.py."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+
+    def forward(self, x: Tensor, first: int) -> Tensor:
+        T = x.shape[1]
+        positions = torch.arange(first, first + T, device=x.device)  # (T)
+        return x + self.position_embedding(positions)
+
+
+def unchanged(x: Tensor, *_: object) -> Tensor:
+    """What stands in for a part that is left out."""
+    return x
+
+
+# %% [markdown]
+# ### A cache that slides
+#
+# A table ends with the block. Turning does not end: position 1,000 is as good as position 10, as
+# long as the distances are those that the model has learnt with. So the cache may forget its
+# oldest key and go on, without a new start. It only has to count all characters, seen or forgotten,
+# since that count is the next position.
+
+
+# %%
+class Cache:
+    """The keys and values of the characters that the next one sees: a window that slides along."""
+
+    def __init__(self, block_size: int) -> None:
+        self.others = block_size - 1  # so many does the next one see besides itself
+        self.pair: Tensor | None = None  # keys and values: (2, B, H, S, D)
+        self.length = 0  # how many characters there have been, seen or not
+
+    def extend(self, pair: Tensor) -> Tensor:
+        self.length += pair.shape[3]
+        pair = pair if self.pair is None else torch.cat((self.pair, pair), dim=3)
+        self.pair = pair[:, :, :, max(0, pair.shape[3] - self.others) :]
+        return pair
+
+
+# %%
+slots = Cache(block_size=4)
+for number in range(6):
+    pair = slots.extend(torch.full((2, 1, 1, 1, 1), float(number)))  # (2, B, H, S, D)
+    print(f"character {number} sees {pair[0].flatten().int().tolist()}; so far {slots.length}")
+
+# %% [markdown]
+# With a block of 4, each character sees itself and three before it. From character 4 on the oldest
+# is dropped.
+#
+# ## qk-norm and the attention
+#
+# A score is the product of a query and a key, so it grows with the length of both. If the weights
+# grow in training, scores can run away: the softmax then puts everything on one character, and its
+# gradient vanishes. Put an RMSNorm on both, and each has the length $\sqrt{D}$. A product of two
+# vectors is at most the product of their lengths, so
+#
+# $$\left|\frac{q \cdot k}{\sqrt{D}}\right| \le \frac{\sqrt{D}\,\sqrt{D}}{\sqrt{D}} = \sqrt{D}$$
+#
+# This is the attention of `gpt.py` with that norm, the turning, and a mask that hides what lies
+# further back than the block. Dropout comes along as it was.
+
+
+# %%
+class Dropout(nn.Dropout):
+    """Silences a share of the numbers at random while training, and scales up the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training or self.p == 0:
+            return super().forward(x)
+        # On a processor drawing is slow, so each number, of 64 bits, is cut into four of 16. These
+        # run from -2**15 to 2**15 - 1; what gets one from the lowest share is silenced.
+        draws = (
+            torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+            .random_(-(2**63), None)
+            .view(torch.int16)[: x.numel()]
+            .view(x.shape)
+        )
+        keep = draws >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
+        return x * keep.to(x.dtype).div_(1 - self.p)
+
+
+# %%
+class BatchedMultiHeadAttention(nn.Module):
+    """All heads of causal self-attention at once: they are a dimension, like the batch."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.block_size = config.block_size
+        bias = not config.has("bias-free")
+        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.norm = RMSNorm() if config.has("qk-norm") else unchanged
+        self.rotate = Rotary(config.n_embd // config.n_head) if config.has("rope") else unchanged
+        self.projection = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+        self.dropout = Dropout(config.dropout)
+        self.fused = config.fused
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        B, T, C = x.shape
+        H = self.n_head
+        first = cache.length if cache else 0  # the position of the first character
+        x = self.query_key_value(x)  # (B, T, 3*C)
+        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
+        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        query, key = self.rotate(self.norm(x[:2]), first)  # (B, H, T, D) both
+        value = x[2]  # (B, H, T, D)
+        if cache is not None:
+            key, value = cache.extend(torch.stack((key, value)))  # (B, H, S, D) both
+        S = key.shape[2]  # these T characters, and those in the cache
+        # Each of the T sees itself and what stands before it, `block_size` characters in all.
+        numbers = torch.arange(S, device=x.device)  # (S)
+        back = numbers[S - T :, None] - numbers  # (T, S)
+        hidden = (back < 0) | (back >= self.block_size)  # (T, S)
+        mask = torch.zeros_like(back, dtype=query.dtype).masked_fill(hidden, float("-inf"))
+        # PyTorch's own call does the same without storing the weights: a graphics card is faster
+        # with it, a processor with the lines below it.
+        if self.fused or (self.fused is None and x.device.type != "cpu"):
+            plain = S == T <= self.block_size
+            x = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=None if plain else mask,
+                dropout_p=self.dropout.p if self.training else 0.0,
+                is_causal=plain,
+            )  # (B, H, T, D)
+        else:
+            scores = (query * key.shape[-1] ** -0.5) @ key.transpose(2, 3) + mask  # (B, H, T, S)
+            weights = self.dropout(F.softmax(scores, dim=-1))  # shares of 1, some silenced
+            x = weights @ value  # (B, H, T, D)
+        x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        return self.projection(x)
+
+
+# %% [markdown]
+# The mask is now a band. Here is one for a block of 6 and a text twice as long.
+
+# %%
+after = torch.arange(12)[:, None] - torch.arange(12)  # (T, T)
+seen = (after >= 0) & (after < 6)  # (T, T)
+figure, axes = plt.subplots(figsize=(4.2, 3.6))
+axes.imshow(seen, cmap="cividis", vmin=-0.3, vmax=1.2)
+axes.set(xlabel="position that is seen", ylabel="position that sees")
+plt.show()
+
+# %% [markdown]
+# Bright is seen. From the sixth row on, each position sees six: itself and five before it. The
+# first six rows are the causal mask that you know.
+#
+# **Predict before you run the next cell:** make all weights of queries and keys 10 times as large.
+# By which factor do the scores grow, without the norm and with it?
+
+
+# %%
+@torch.no_grad()
+def largest_score(attention: nn.Module, x: Tensor) -> tuple[float, float]:
+    """The largest score, and the mean of the largest weight that a position gives."""
+    T, C = x.shape
+    x = attention.query_key_value(x)  # (T, 3*C)
+    x = x.view(T, 3, tiny.n_head, D).permute(1, 2, 0, 3)  # (3, H, T, D)
+    query, key = attention.norm(x[:2])  # (H, T, D) each
+    scores = query @ key.transpose(1, 2) * D**-0.5  # (H, T, T)
+    return scores.abs().max().item(), scores.softmax(dim=-1).amax(dim=-1).mean().item()
+
+
+# %%
+x = torch.randn(T, tiny.n_embd, generator=torch.Generator().manual_seed(1))  # (T, C)
+factors = [1, 3, 10, 30, 100]
+figure, axes = plt.subplots(figsize=(8, 3.6))
+for config, name, colour, height in ((old, "without", ORANGE, 0.35), (tiny, "with", BLUE, 0.45)):
+    results = []
+    for factor in factors:
+        torch.manual_seed(1)
+        attention = BatchedMultiHeadAttention(config)
+        attention.query_key_value.weight.data *= factor
+        results.append(largest_score(attention, x))
+        score, weight = results[-1]
+        print(f"{name:7} the norm, weights times {factor:3}: largest score {score:9.2f}", end="")
+        print(f", largest weight on average {weight:.2f}")
+    axes.plot(factors, [score for score, _ in results], "o-", color=colour)
+    axes.annotate(f"{name} the norm", (factors[2], results[2][0] * height), color=colour)
+axes.axhline(math.sqrt(D), color=GREY, linestyle="--")
+axes.annotate("bound √D", (factors[3], math.sqrt(D) * 1.3), color=GREY)
+axes.set(ylim=(1, 1e5), xscale="log", yscale="log", xlabel="weights times", ylabel="largest score")
+plt.show()
+
+# %% [markdown]
+# Both axes are logarithmic. Without the norm the scores grow with the square of the factor, since
+# queries and keys both grow; in the end nearly every position looks at one place and nothing
+# else. With the norm nothing changes: the length of a query says nothing, only its direction does.
+# The price is that no head can be as sharp as it likes, since all scores lie within the bound.
+
+# %% [markdown]
+# ## Squared ReLU
+#
+# In the feed-forward network, what the ReLU lets through is squared.
+
+
+# %%
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+# %%
+inputs = torch.linspace(-2, 2, 401, requires_grad=True)  # (401)
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+for function, name, colour, places in (
+    (F.relu, "ReLU", ORANGE, ((1.25, 0.55), (-0.15, 1.15))),
+    (squared_relu, "squared", BLUE, ((0.85, 2.6), (0.75, 3.2))),
+):
+    outputs = function(inputs)  # (401)
+    (slope,) = torch.autograd.grad(outputs.sum(), inputs)  # (401)
+    for axes, values, place in ((left, outputs, places[0]), (right, slope, places[1])):
+        axes.plot(inputs.detach(), values.detach(), color=colour, linewidth=2)
+        axes.annotate(name, place, color=colour)
+left.set(xlabel="input", ylabel="output")
+right.set(xlabel="input", ylabel="slope")
+plt.show()
+
+# %% [markdown]
+# Both are zero to the left. To the right the square makes small values smaller and large ones
+# larger, and its slope has no jump: a channel wakes up gently. What comes of that you will see in
+# a trained model.
+
+
+# %%
+class FeedForward(nn.Module):
+    """A small network that every position goes through by itself."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        bias = not config.has("bias-free")
+        self.widen = nn.Linear(config.n_embd, 4 * config.n_embd, bias=bias)
+        self.activation = squared_relu if config.has("squared-relu") else F.relu
+        self.narrow = nn.Linear(4 * config.n_embd, config.n_embd, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.widen(x))  # (B, T, 4*C)
+        return self.narrow(x)  # (B, T, C)
+
+
+# %% [markdown]
+# ## The embedding again
+#
+# In `gpt.py` the embedding comes in at the bottom, and all blocks add to it. The more they add, the
+# smaller its part. `Recall` gives each block a number, its **share**: so much of the embedding is
+# added once more. The share starts at zero.
+
+
+# %%
+class Recall(nn.Module):
+    """Adds what came in at the bottom, as much of it as it learns to want."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return x + self.share * embedding
+
+
+# %% [markdown]
+# With that the block is complete.
+
+
+# %%
+class Block(nn.Module):
+    """Communicate, then compute; each adds its part to what was there."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.recall = Recall() if config.has("re-embedding") else unchanged
+        self.attention_norm = make_norm(config)
+        self.attention = BatchedMultiHeadAttention(config)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, embedding: Tensor, cache: Cache | None = None) -> Tensor:
+        x = self.recall(x, embedding)
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
+        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x
+
+
+def make_norm(config: Config) -> nn.Module:
+    return RMSNorm() if config.has("rms-norm") else nn.LayerNorm(config.n_embd)
+
+
+# %% [markdown]
+# And the model: `embedding_norm` after the look-up, no table, and an `initialize` that sets the
+# output layers, `projection` and `narrow`, to zero.
+
+
+# %%
+class Model(nn.Module):
+    """Predicts the next character from all those in the block so far."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.block_size = config.block_size
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.place = unchanged if config.has("rope") else PositionTable(config)
+        self.embedding_norm = RMSNorm() if config.has("embedding-norm") else unchanged
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.final_norm = make_norm(config)
+        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.dropout = Dropout(config.dropout)
+        self.slides = config.has("rope")  # or the positions end with the block
+        self.initialize(config)
+
+    def initialize(self, config: Config) -> None:
+        # 2 * n_layer of the output layers feed the residual sum: together they add up to 0.02.
+        output_std = 0.0 if config.has("zero-init") else 0.02 / math.sqrt(2 * config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("projection.weight", "narrow.weight")):
+                nn.init.normal_(parameter, std=output_std)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, caches: list[Cache] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        first = caches[0].length if caches else 0  # the position of the first character
+        x = self.place(self.token_embedding(idx), first)  # (B, T, C)
+        x = embedding = self.dropout(self.embedding_norm(x))
+        for i, block in enumerate(self.blocks):
+            x = block(x, embedding, caches[i] if caches else None)
+        logits = self.to_logits(self.final_norm(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+    def new_caches(self) -> list[Cache]:
+        return [Cache(self.block_size) for _ in self.blocks]
+
+
+# %% [markdown]
+# ### What is gone
+#
+# No table, no biases, no scales and shifts in the norms. How many numbers was that?
+
+# %%
+torch.manual_seed(1)
+model, old_model = Model(tiny), Model(old)
+for name, each in (("old", old_model), ("modern", model)):
+    sizes = {"in matrices": 0, "in the table": 0, "in biases": 0, "in norms": 0, "in shares": 0}
+    for parameter_name, parameter in each.named_parameters():
+        kind = "matrices" if parameter.dim() == 2 else "biases"
+        for word, its_kind in (("position", "the table"), ("norm", "norms"), ("share", "shares")):
+            kind = its_kind if word in parameter_name else kind
+        sizes[f"in {kind}"] += parameter.numel()
+    print(f"{name:6}", ", ".join(f"{count:,} {kind}" for kind, count in sizes.items()))
+
+# %% [markdown]
+# Few. That is the point of leaving them out: fewer things to think of, and every parameter but the
+# shares is a matrix.
+#
+# ## Starting at zero
+#
+# What a block adds comes out of `projection` and `narrow`. Both are zero at the start, so a block
+# adds nothing: whatever comes in goes out. The logits must be those of the embedding alone.
+
+# %%
+idx, targets = draw_batch(training, T, tiny.batch_size, torch.Generator().manual_seed(1))  # (B, T)
+with torch.no_grad():
+    logits, loss = model(idx, targets)
+    embedding = model.embedding_norm(model.token_embedding(idx))  # (B, T, C)
+    alone = model.to_logits(model.final_norm(embedding))  # (B, T, V)
+print(f"largest difference {(logits - alone).abs().max().item():.1e}")
+print(f"first loss {loss.item():.3f}, ln V {math.log(V):.3f}")
+
+# %% [markdown]
+# Before the first step this deep model is no more than a bigram model. Can it learn at all?
+#
+# **Predict before you run the next cell:** the gradient of a weight comes back through everything
+# that lies between it and the loss. Four matrices are in a block: `query_key_value`, `projection`,
+# `widen` and `narrow`. Which of them have a gradient in the first step?
+
+# %%
+names = ["to_logits", "token_embedding", "projection", "narrow", "query_key_value", "widen"]
+generator = torch.Generator().manual_seed(1)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+rows = []
+for _ in range(6):
+    batch = draw_batch(training, T, tiny.batch_size, generator)
+    optimizer.zero_grad()
+    model(*batch)[1].backward()
+    named = [(name, each.grad.norm().item()) for name, each in model.named_parameters()]
+    rows.append([math.hypot(*(size for name, size in named if part in name)) for part in names])
+    optimizer.step()
+gradients = torch.tensor(rows).T  # (6 parts, 6 steps)
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 3.4))
+axes.imshow(gradients.clamp(min=1e-3).log(), cmap="cividis", aspect="auto", alpha=0.35)
+for row, values in enumerate(gradients.tolist()):
+    for step, value in enumerate(values):
+        axes.text(step, row, f"{value:.3f}" if value else "0", ha="center", va="center")
+axes.set_yticks(range(len(names)), names)
+axes.set(xlabel="training step", title="length of the gradient, over all blocks")
+plt.show()
+
+# %% [markdown]
+# In step 0 the output layers of the blocks learn, and the two ends. Behind a matrix of zeros no
+# gradient comes through, so `query_key_value` and `widen` wait. In step 1 the output layers are no
+# longer zero, and everything learns. Each block begins by finding out what it should add, then
+# learns what to look at for it.
+#
+# ### As long as all the rest
+#
+# What about the bottom? Embeddings are drawn with a spread of 0.02.
+
+# %%
+torch.manual_seed(1)
+drawn = Model(tiny).token_embedding(idx).detach()  # (B, T, C)
+print(f"length as drawn                {drawn.norm(dim=-1).mean():.2f}")
+print(f"length after the norm          {RMSNorm()(drawn).norm(dim=-1).mean():.2f}")
+print(f"length of all that layers read {math.sqrt(tiny.n_embd):.2f}")
+
+# %% [markdown]
+# A layer that reads vectors of length 8 can soon write vectors far longer than the drawn ones. A
+# short embedding then drowns in the sum, or has to be made longer first. One that is as long as
+# what layers read does not.
+#
+# ## Muon
+#
+# The next idea is not in the model but in its optimizer. Think of the gradient of a matrix as a
+# list of directions: by the **singular value decomposition** every matrix is
+#
+# $$G = \sum_i \sigma_i\, u_i v_i^\top$$
+#
+# directions $v_i$ of what comes in, $u_i$ of what goes out, and the singular value $\sigma_i$ says
+# how strongly the one is to be turned into the other. Here is a real gradient, the first of `widen`
+# in a model without the new ideas but RMSNorm. (Behind a LayerNorm one singular value would be 0:
+# no mean comes in.)
+
+# %%
+torch.manual_seed(1)
+others = tuple(idea for idea in get_args(Idea) if idea != "rms-norm")
+plain = Model(replace(tiny, without=others))
+plain(idx, targets)[1].backward()
+widen = plain.blocks[0].feed_forward.widen.weight  # (4*C, C)
+G = widen.grad  # (4*C, C)
+sigma = torch.linalg.svdvals(G)  # (C)
+share = sigma.square() / sigma.square().sum()  # (C)
+print(
+    f"{len(sigma)} singular values, the largest {sigma[0] / sigma[len(sigma) // 2]:.0f} times",
+    end="",
+)
+print(" the one in the middle")
+print(f"the first 3 make up {share[:3].sum():.0%} of the squared length")
+
+# %% [markdown]
+# Three directions of 64 have about half of it. A step along $G$ moves the matrix in those, again
+# and again, and hardly in any other. Muon moves it alike in all: it keeps the directions and sets
+# every singular value to about 1. That is to **orthogonalise** the matrix.
+#
+# $$U \Sigma V^\top \to U V^\top$$
+#
+# The decomposition is slow to compute. But a polynomial of the matrix will do, since
+# $X X^\top X$ has the same directions as $X$, with singular values $\sigma^3$. So in
+#
+# $$X \leftarrow a X + b\,X (X^\top X) + c\,X (X^\top X)^2$$
+#
+# each singular value goes through $a\sigma + b\sigma^3 + c\sigma^5$, and no other thing happens.
+# This is a **Newton-Schulz** iteration. It begins with $X = G / \lVert G \rVert$, so that no
+# singular value is above 1. PyTorch's Muon takes five of them, with these numbers:
+
+# %%
+a, b, c = 3.4445, -4.7750, 2.0315
+
+
+def newton_schulz(G: Tensor, count: int) -> Tensor:
+    X = G / G.norm()  # (M, N)
+    for _ in range(count):
+        square = X.T @ X  # (N, N)
+        X = a * X + b * X @ square + c * X @ square @ square
+    return X
+
+
+# %% [markdown]
+# **Predict before you run the next cell:** one singular value is 0.001, another one 0.9. Where are
+# they after five iterations?
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+s = torch.linspace(0, 1.2, 200)
+left.plot(s, s, color=GREY, linestyle="--")
+left.plot(s, a * s + b * s**3 + c * s**5, color=BLUE, linewidth=2)
+left.annotate("unchanged", (0.42, 0.3), color=GREY)
+left.annotate("one iteration", (0.74, 1.12), color=BLUE)
+left.set(xlabel="singular value before", ylabel="after", ylim=(0, 1.35))
+for count in range(6):
+    values = torch.linalg.svdvals(newton_schulz(G, count))  # (C)
+    colour = plt.get_cmap("viridis")(0.9 - count * 0.16)
+    right.plot(values, color=colour, linewidth=2)
+    end = (len(values) - 1, values[-1])
+    lift = {4: -9, 5: 0}.get(count, -4)
+    right.annotate(count, end, (5, lift), textcoords="offset points", color=colour)
+right.set(yscale="log", xlabel="singular values, by size", ylabel="value after so many iterations")
+plt.show()
+
+# %% [markdown]
+# Left: near zero the curve is steep, so small values more than triple each time; those near 1 jump
+# up and down but stay near 1. Right: the gradient's own singular values, on a logarithmic axis. The
+# number at a line says after how many iterations; the lines become ever flatter.
+
+# %%
+for value in (0.00001, 0.001, 0.9):
+    path = [value]
+    for _ in range(5):
+        path.append(a * path[-1] + b * path[-1] ** 3 + c * path[-1] ** 5)
+    print(f"{value:.5f} -> ", " -> ".join(f"{each:.3f}" for each in path[1:]))
+after = torch.linalg.svdvals(newton_schulz(G, 5))  # (C)
+print(f"the gradient's: largest {after[0]:.2f}, middle {after[len(after) // 2]:.2f}", end="")
+print(f", smallest {after[-1]:.2f}")
+
+# %% [markdown]
+# The first line is a value that is too small for five iterations. The gradient above has none such:
+# after five, all its values are between about 0.7 and 1.2. They are not exactly 1, and that is on
+# purpose: numbers $a$, $b$, $c$ that make the curve steep at zero were worth more than numbers that
+# end at one.
+#
+# What is the step, then? An orthogonal matrix of $M \times N$ has entries of about
+# $1/\sqrt{\max(M, N)}$. Times $0.2\sqrt{\max(M, N)}$ they are about 0.2, and times the learning
+# rate that is about as large as the steps that AdamW usually takes. Take one step with PyTorch's
+# Muon, without momentum and decay, and one by hand.
+
+# %%
+weight = nn.Parameter(widen.detach().clone())  # (4*C, C)
+before = weight.detach().clone()  # (4*C, C)
+weight.grad = G.clone()
+muon = torch.optim.Muon(
+    [weight], lr=0.01, momentum=0, weight_decay=0, adjust_lr_fn="match_rms_adamw"
+)
+muon.step()
+theirs = weight.detach() - before  # (4*C, C)
+ours = -0.01 * 0.2 * math.sqrt(max(G.shape)) * newton_schulz(G, 5)  # (4*C, C)
+print(f"difference, as a share of the step: {(theirs - ours).norm() / ours.norm():.3f}")
+size = ours.square().mean().sqrt() / 0.01
+print(f"root mean square of its entries, divided by the rate: {size:.2f}")
+
+# %% [markdown]
+# PyTorch's iterates in `bfloat16`, which is faster and a little rough; that is the difference. With
+# momentum, it is not the gradient of one batch that is orthogonalised, but a running mean of them.
+#
+# Only the matrices inside the blocks are moved so. The embedding and `to_logits` are rather tables,
+# with a row for each character; they stay with AdamW, and so do the few vectors.
+
+
+# %%
+def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks; AdamW for those at both ends and for the vectors."""
+    named = list(model.named_parameters())
+    vectors = [parameter for _, parameter in named if parameter.dim() == 1]
+    matrices = [(name, parameter) for name, parameter in named if parameter.dim() == 2]
+    inner = [parameter for name, parameter in matrices if name.startswith("blocks.")]
+    outer = [parameter for name, parameter in matrices if not name.startswith("blocks.")]
+    for_muon, for_adamw = (inner, outer) if config.has("muon") else ([], inner + outer)
+    groups = [
+        {"params": for_adamw, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    rate, muon_rate = config.learning_rate, config.muon_learning_rate
+    optimizers = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)]
+    if for_muon:
+        # A step's size is made that of AdamW, whatever the shape of the matrix.
+        muon = torch.optim.Muon(
+            for_muon,
+            lr=muon_rate,
+            weight_decay=config.weight_decay,
+            momentum=config.muon_momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers.append(muon)
+    return optimizers
+
+
+# %%
+for optimizer in make_optimizers(Model(tiny), tiny):
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    count = sum(each.numel() for each in parameters)
+    print(f"{type(optimizer).__name__:5} moves {len(parameters):2} tensors, {count:,} numbers")
+
+# %% [markdown]
+# ## Hold, then fall
+#
+# The last idea is a schedule. Both functions give a share of the learning rate, since there are now
+# two rates to multiply.
+
+
+# %%
+def learning_rate_share(step: int, config: Config) -> float:
+    """Up in a straight line, then level, then down in a straight line to zero."""
+    up = (step + 1) / max(1, config.warmup_iters)
+    down = (config.max_iters - step) / (config.cooldown * config.max_iters)
+    return min(up, 1.0, down)
+
+
+def cosine_share(step: int, config: Config) -> float:
+    """Without schedule: up in a straight line, then down along half a cosine to a tenth."""
+    if step < config.warmup_iters:
+        return (step + 1) / config.warmup_iters
+    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    return 0.55 + 0.45 * math.cos(math.pi * progress)
+
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 3))
+for share_at, name, colour, place in (
+    (learning_rate_share, "hold, then fall", BLUE, (0.22, 1.03)),
+    (cosine_share, "cosine", ORANGE, (0.33, 0.66)),
+):
+    shares = [share_at(step, tiny) for step in range(tiny.max_iters)]
+    axes.plot(shares, color=colour, linewidth=2)
+    axes.annotate(name, (place[0] * tiny.max_iters, place[1]), color=colour)
+    print(f"{name:15} mean share {sum(shares) / len(shares):.2f}, last {shares[-1]:.3f}")
+axes.set(xlabel="training steps", ylabel="share of the learning rate", ylim=(0, 1.15))
+plt.show()
+
+# %% [markdown]
+# The cosine ends at a tenth, the straight line at zero. Level as long as there is much to learn,
+# then down to the end: the smaller the steps, the less the weights jitter around the place where
+# they want to be.
+
+# %% [markdown]
+# ## Training
+#
+# The training loop of the script, on the tiny model. What is new is that there are two optimizers,
+# so each line about one becomes a loop over both.
+
+
+# %%
+def short_training(config: Config, seed: int = 1) -> tuple[nn.Module, list[tuple[int, float]]]:
+    """A trained model, and its losses on held-back text on the way."""
+    torch.manual_seed(seed)
+    model = Model(config)
+    optimizers = make_optimizers(model, config)
+    share_at = learning_rate_share if config.has("schedule") else cosine_share
+    config = replace(config, max_iters=steps(config.max_iters))
+    generator, evaluations = torch.Generator().manual_seed(seed), []
+    for step in range(config.max_iters):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * share_at(step, config)
+            optimizer.zero_grad()
+        idx, targets = draw_batch(training, config.block_size, config.batch_size, generator)
+        logits, loss = model(idx, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        if (step + 1) % steps(30) == 0 or step + 1 == config.max_iters:
+            evaluations.append((step + 1, exact_loss(model, held)))
+    return model, evaluations
+
+
+# %% [markdown]
+# Both models get the same batches and equally many steps. The old one may choose between two
+# learning rates, the usual one and a bold one, and each training runs with two seeds.
+#
+# **Predict before you run the next cells:** which model ends lower, and by how much, seen against
+# the difference between two seeds?
+
+# %%
+bold = replace(old, learning_rate=1e-2)
+trained, curves = {}, {}
+for name, config in (("modern", tiny), ("old", old), ("old, bold rate", bold)):
+    for seed in (1, 2):
+        trained[name, seed], curves[name, seed] = short_training(config, seed)
+    losses = [curves[name, seed][-1][1] for seed in (1, 2)]
+    print(f"{name:15} loss on held-back text, two seeds: {losses[0]:.3f} {losses[1]:.3f}")
+
+# %%
+colours = {"modern": BLUE, "old": GREY, "old, bold rate": ORANGE}
+figure, axes = plt.subplots(figsize=(8, 3.8))
+for (name, _), curve in curves.items():
+    axes.plot(*zip(*curve, strict=True), "o-", color=colours[name], markersize=3, alpha=0.8)
+for place, (name, colour) in zip(
+    ((0.3, 0.2), (0.45, 0.75), (0.55, 0.75)), colours.items(), strict=True
+):
+    axes.text(*place, name, color=colour, transform=axes.transAxes)
+axes.set(xlabel="training steps", ylabel="loss on held-back text")
+plt.show()
+
+# %% [markdown]
+# Each line is one training. The modern model is ahead at every point, and ends about 0.3 lower; two
+# seeds differ by a tenth of that or less. The bold rate helps the old model only a little.
+#
+# Now be careful with this picture. It says that *this* model of some hundred thousand numbers, on
+# *this* text, is ahead after some hundred steps. It does not say
+#
+# - which of the ten ideas did it, or whether one of them does harm;
+# - what happens in a training fifty times as long, where a fast start counts for less;
+# - what it costs: with Muon a step takes longer;
+# - what other settings would have done for either.
+#
+# For such questions there is a real measurement: `python compare.py --modern` trains a larger model
+# with all ideas and, idea by idea, without it, for equal steps and for equal seconds.
+#
+# ### The schedule alone
+#
+# One comparison is cheap enough for here: all ideas, and all but the schedule. The optimizers and
+# the batches are the same.
+
+# %%
+by_cosine = replace(tiny, without=("schedule",))
+for seed in (1, 2):
+    trained["cosine", seed], curves["cosine", seed] = short_training(by_cosine, seed)
+figure, axes = plt.subplots(figsize=(8, 3.4))
+for name, label, colour in (("modern", "hold, then fall", BLUE), ("cosine", "cosine", ORANGE)):
+    ends = [curves[name, seed][-1][1] for seed in (1, 2)]
+    print(f"{label:15} two seeds: {ends[0]:.3f} {ends[1]:.3f}")
+    for seed in (1, 2):
+        curve = [(step, loss) for step, loss in curves[name, seed] if step >= steps(90)]
+        axes.plot(*zip(*curve, strict=True), "o-", color=colour, markersize=3, alpha=0.8)
+    axes.text(0.6, 0.95 - 0.1 * (colour == ORANGE), label, color=colour, transform=axes.transAxes)
+axes.set(xlabel="training steps", ylabel="loss on held-back text")
+plt.show()
+
+# %% [markdown]
+# With both seeds the straight fall ends lower, and up to the middle hardly anything tells the two
+# apart. But the gain is about as small as the difference between two seeds. Two seeds are a hint,
+# not a result.
+#
+# ## Inside the trained model
+#
+# ### Few strong activations
+#
+# The activations of a feed-forward network are what `narrow` gets to read. Train once more without
+# the square, then look at both models: how many activations are exactly zero, and how is the rest
+# shared out?
+
+
+# %%
+@torch.no_grad()
+def read_by(model: nn.Module, part: str, idx: Tensor) -> list[Tensor]:
+    """What comes into this part of every block."""
+    inputs = []
+    hooks = [
+        block.get_submodule(part).register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+        for block in model.blocks
+    ]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+# %%
+modern, gpt_like = trained["modern", 1].eval(), trained["old", 1].eval()
+with_relu, _ = short_training(replace(tiny, without=("squared-relu",)))
+idx, targets = draw_batch(validation, T, 64, torch.Generator().manual_seed(1))  # (B, T) both
+statistics = {}
+for name, each in (("ReLU", with_relu), ("squared", modern)):
+    for layer, active in enumerate(read_by(each, "feed_forward.narrow", idx)):  # (B, T, 4*C)
+        zero = (active == 0).float().mean().item()
+        largest = active.flatten().topk(active.numel() // 100).values
+        statistics[name, layer] = zero, (largest.sum() / active.sum().clamp(min=1e-9)).item()
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.3))
+titles = ("activations that are exactly zero", "share of the sum in the largest 1 %")
+for column, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+    for shift, name, colour in ((-0.2, "ReLU", ORANGE), (0.2, "squared", BLUE)):
+        values = [statistics[name, layer][column] for layer in range(tiny.n_layer)]
+        bars = axes.bar(torch.arange(tiny.n_layer) + shift, values, 0.36, color=colour)
+        axes.bar_label(bars, [f"{value:.0%}" for value in values], padding=2)
+        axes.text(-0.2 + 0.5 * (shift > 0), 1.08, name, color=colour)
+    axes.set_xticks(range(tiny.n_layer), range(1, tiny.n_layer + 1))
+    axes.set_yticks([0, 0.5, 1])
+    axes.set(xlabel="block", ylabel="share", ylim=(0, 1.2))
+    axes.set_title(title, fontsize=11)
+plt.show()
+
+# %% [markdown]
+# Left: more than half of all activations are zero, in every block and with both functions. That the
+# square makes more zeros cannot be said. Right: what is not zero is shared out far less evenly with
+# the square. In each block the largest hundredth carries more than twice as much of the sum. That
+# is what squaring does: a channel that is twice as active counts four times. Few channels speak
+# up, and they are heard.
+#
+# ### What the sum is made of
+#
+# The residual stream is a sum: the embedding, and what each attention and each feed-forward network
+# adds. How long are these vectors in the trained models?
+
+
+# %%
+@torch.no_grad()
+def added(model: nn.Module, idx: Tensor) -> list[tuple[str, float]]:
+    """The parts of the sum and their mean lengths, in the order in which they come in."""
+    parts, hooks = [], []
+    sources = [("embedding", model.dropout)]
+    for i, block in enumerate(model.blocks, start=1):
+        sources += [(f"attention {i}", block.attention), (f"feed-forward {i}", block.feed_forward)]
+    for name, source in sources:
+
+        def note(_: nn.Module, __: object, out: Tensor, name: str = name) -> None:
+            parts.append((name, out.norm(dim=-1).mean().item()))
+
+        hooks.append(source.register_forward_hook(note))
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return parts
+
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.2), sharey=True)
+for axes, each, title in zip(panels, (gpt_like, modern), ("old", "modern"), strict=True):
+    parts = added(each, idx)
+    bars = axes.barh(
+        [name for name, _ in parts],
+        [size for _, size in parts],
+        color=[ORANGE if name == "embedding" else BLUE for name, _ in parts],
+    )
+    axes.bar_label(bars, [f"{size:.1f}" for _, size in parts], padding=3)
+    axes.margins(x=0.15)
+    axes.set(xlabel="mean length of what is added", title=title)
+panels[0].invert_yaxis()
+plt.show()
+for i, block in enumerate(modern.blocks, start=1):
+    print(f"block {i}: share of the embedding that it adds again {block.recall.share.item():+.2f}")
+left_over = 1 + sum(block.recall.share.item() for block in modern.blocks)
+print(f"in the sum at the end: {left_over:.2f} of the embedding")
+
+# %% [markdown]
+# On the left the embedding (with its position) is short, and the first feed-forward network adds a
+# vector more than ten times as long. What is it for? If it is no more than a longer embedding, it
+# depends on the character alone, not on those before. So take its mean for each character: how much
+# of it is that mean?
+
+
+# %%
+@torch.no_grad()
+def by_character(model: nn.Module, idx: Tensor) -> float:
+    """The share of the first feed-forward network's output that the character alone decides."""
+    inputs = read_by(model, "feed_forward", idx)[0]  # (B, T, C)
+    out = model.blocks[0].feed_forward(inputs).flatten(0, 1)  # (B*T, C)
+    sums = torch.zeros(V, out.shape[1]).index_add(0, idx.flatten(), out)  # (V, C)
+    means = sums / idx.flatten().bincount(minlength=V).clamp(min=1)[:, None]  # (V, C)
+    return (means[idx.flatten()].square().sum() / out.square().sum()).item()
+
+
+# %%
+for name, each in (("old", gpt_like), ("modern", modern)):
+    print(f"{name:6} the character alone decides {by_character(each, idx):.0%} of feed-forward 1")
+
+# %% [markdown]
+# In the old model nearly all of it: the first network spends most of its work on a longer
+# embedding. In the modern one the embedding is long from the start, and the network has more to do
+# with what came before.
+#
+# The shares are a surprise: they are negative. Asked how much more of the embedding they want, the
+# blocks of this model say: less. Perhaps it is needed at the bottom, where characters look at each
+# other, and less at the top, where the next one is to be told. Another model, trained for longer,
+# may learn other shares; that it can choose is the idea.
+#
+# ### Was anything lost?
+#
+# The old model has means that LayerNorm takes away, and biases. Look at the one that is trained.
+# How much of its vectors' squared length is their mean? And what happens to its loss if all biases
+# of the linear layers are set to zero?
+
+# %%
+inputs = read_by(gpt_like, "feed_forward_norm", idx)  # n_layer times (B, T, C)
+for layer, x in enumerate(inputs, start=1):
+    in_the_mean = x.mean(dim=-1).square() / x.square().mean(dim=-1)  # (B, T)
+    print(f"block {layer}: the mean is {in_the_mean.mean():.1%} of the squared length")
+print(f"by chance, one direction of {tiny.n_embd}: {1 / tiny.n_embd:.1%}")
+
+bare = copy.deepcopy(gpt_like)
+for part in bare.modules():
+    if isinstance(part, nn.Linear) and part.bias is not None:
+        nn.init.zeros_(part.bias)
+with_biases, set_to_zero = exact_loss(gpt_like, held), exact_loss(bare, held)
+print(f"loss with biases {with_biases:.3f}, set to zero {set_to_zero:.3f}")
+
+# %% [markdown]
+# The mean is a very small part, less than one direction gets by chance: to take it away is to take
+# next to nothing. The biases do something, but little: without them the loss rises by about a
+# hundredth, although this model was trained with them. What a model does that has been trained
+# without is another question; that takes a training of its own.
+#
+# ## Writing beyond the block
+#
+# Trained on blocks of 32, let the model predict texts four times as long, and take the mean loss at
+# each position. The old model has no such positions.
+
+# %%
+windows = validation[: steps(100_000)].unfold(0, 4 * T + 1, 4 * T).long()  # (N, 4*T+1)
+with torch.inference_mode():
+    logits = torch.cat([modern(some[:, :-1])[0] for some in windows.split(128)])  # (N, 4*T, V)
+by_position = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(dim=0)
+smooth = F.avg_pool1d(by_position[None], 9, 1)[0]  # (4*T-8): nine neighbours at a time
+figure, axes = plt.subplots(figsize=(8, 3.2))
+axes.plot(by_position, "o", color=BLUE, markersize=3, alpha=0.5)
+axes.plot(range(4, 4 * T - 4), smooth, color=ORANGE, linewidth=2)
+axes.axvline(T - 0.5, color=GREY, linestyle="--")
+axes.text(T + 1, by_position.max(), "the block ends", color=GREY, va="top")
+axes.set(xlabel="position", ylabel="loss (nats per character)")
+plt.show()
+for first in range(0, 4 * T, T):
+    print(f"positions {first:3} to {first + T - 1:3}: {by_position[first : first + T].mean():.3f}")
+
+# %% [markdown]
+# Each dot is a mean over several hundred texts, the orange line one of nine neighbours. After the
+# first few characters it is level, and it does not notice where the block ends: for this model no
+# distance is new out there.
+#
+# **Predict before you run the next cell:** both models write 150 characters with their caches. How
+# many characters go through each of them? Remember that the old one, when its block is full, starts
+# again from the second half.
+
+# %%
+sizes = []
+for name, each in (("old", gpt_like), ("modern", modern)):
+    sizes.clear()
+    hook = each.token_embedding.register_forward_hook(lambda _, x, __: sizes.append(x[0].numel()))
+    text = "".join(generate(each, tokenizer, length=150))
+    hook.remove()
+    print(f"{name:6} computes {sum(sizes)} characters, at most {max(sizes)} at once")
+uncached = "".join(generate(modern, tokenizer, length=150, cached=False))
+print("modern without a cache, same text:", uncached == text, end="\n\n")
+print(text.strip())
+
+# %% [markdown]
+# The modern model computes every character once, and only one at a time. The old one goes back by
+# half a block again and again. And as in the notebook before, the cache changes the cost, not the
+# text.
+#
+# ## The script
+#
+# `modern_gpt.py` is all the classes above and this function. It differs from that of `gpt.py` in
+# one thing: there are two optimizers, each with a rate of its own, and one share for both. Ideas
+# are left out by `--without`, such as `python modern_gpt.py --without rope muon`.
+
+
+# %%
+@clear_errors
+def main() -> None:
+    run = Run(Config, PRESETS)
+    model = Model(run.config).to(run.device)
+    optimizers = make_optimizers(model, run.config)
+    network = run.accelerate(model)  # the same weights, as fast as this machine can
+    share_at = learning_rate_share if run.config.has("schedule") else cosine_share
+    for batch in run.batches(model, *optimizers):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * share_at(run.step, run.config)
+            optimizer.zero_grad()
+        # idx: characters of the text, by number; targets: for each of them, the one that follows
+        for idx, targets in run.portions(batch):
+            with run.autocast():
+                logits, loss = network(idx, targets)
+            # In float16 the scaler keeps small gradients from becoming 0; else it does nothing.
+            run.scaler.scale(loss / run.portion_count).backward()
+            run.log(loss)
+        for optimizer in optimizers:
+            run.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), run.config.gradient_clip)
+        for optimizer in optimizers:
+            run.scaler.step(optimizer)
+        run.scaler.update()
+    run.finish()
+
+
+# %% [markdown]
+# ## Exercises
+#
+# Fill in a cell, run it, then run the one below: it says whether the answer is right, or what is
+# off. A solution is folded under each.
+#
+# ### 1 · RMSNorm by hand
+#
+# Write the norm for `x` of any shape, channels last: `(…, C)`. You need no small number against a
+# division by zero.
+
+
+# %% tags=["exercise"]
+def rms_norm(x: Tensor) -> Tensor: ...
+
+
+# %% tags=["check"]
+@check
+def exercise_1() -> None:
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1)) * 5 + 2  # (B, T, C)
+    out = given(rms_norm(x))
+    assert out.shape == x.shape, f"the shape is {tuple(out.shape)}, not {tuple(x.shape)}"
+    lengths = out.norm(dim=-1)  # (B, T)
+    first = lengths[0, 0].item()
+    assert abs(first - 1) > 1e-3, "the length is 1, not √C = 4: take the mean square, not the sum"
+    assert torch.allclose(lengths, torch.full((2, 3), 4.0), atol=1e-3), (
+        f"the vectors have lengths such as {first:.2f}, not 4: over which dimension is the mean?"
+    )
+    assert out.mean(dim=-1).abs().max() > 0.05, "you take the mean away: that is LayerNorm"
+    assert torch.allclose(out, RMSNorm()(x), atol=1e-4), "the length is right, the direction is not"
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def rms_norm(x: Tensor) -> Tensor:
+#     return x / x.square().mean(dim=-1, keepdim=True).sqrt()
+# ```
+#
+# </details>
+#
+# ### 2 · Turn it yourself
+#
+# Turn the vectors `x`, `(T, D)`: the first half of the channels are the $a$ of all pairs, the
+# second half the $b$. `angles` is `(T, D/2)`, an angle for each position and pair.
+
+
+# %% tags=["exercise"]
+def turn(x: Tensor, angles: Tensor) -> Tensor: ...
+
+
+# %% tags=["check"]
+@check
+def exercise_2() -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key = torch.randn(2, 8, generator=generator)  # (D) both
+    angles = torch.arange(12)[:, None] * torch.tensor([1.0, 0.5, 0.1, 0.02])  # (T, D/2)
+    queries = given(turn(query.expand(12, 8), angles))  # (T, D)
+    assert queries.shape == (12, 8), f"the shape is {tuple(queries.shape)}, not (12, 8)"
+    assert torch.allclose(queries[0], query), "at angle 0 nothing may change"
+    lengths = queries.norm(dim=-1)  # (T)
+    assert torch.allclose(lengths, query.norm().expand(12), atol=1e-4), (
+        f"lengths run from {lengths.min():.2f} to {lengths.max():.2f}, but turning keeps them all "
+        f"at {query.norm():.2f}: look at the signs"
+    )
+    scores = queries @ turn(key.expand(12, 8), angles).T  # (T, T)
+    for distance in range(-11, 12):
+        diagonal = scores.diagonal(distance)
+        spread = (diagonal.max() - diagonal.min()).item()
+        assert spread < 1e-4, f"scores at distance {-distance} differ by {spread:.3f}: which pairs?"
+    right = torch.cat((angles.cos(), angles.sin()), dim=1)  # (T, D)
+    ones = torch.cat((torch.ones(12, 4), torch.zeros(12, 4)), dim=1)  # (T, D)
+    assert torch.allclose(turn(ones, angles), right, atol=1e-5), "you turn the other way round"
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def turn(x: Tensor, angles: Tensor) -> Tensor:
+#     a, b = x.chunk(2, dim=-1)
+#     cos, sin = angles.cos(), angles.sin()
+#     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+# ```
+#
+# </details>
+#
+# ### 3 · Look back
+#
+# Given a query and a distance, return the key that this query finds best at just that distance,
+# among all keys of the same length. `query` is `(D)`, and so is the key, both before they are
+# turned by their positions.
+
+
+# %% tags=["exercise"]
+def key_for(query: Tensor, distance: int) -> Tensor: ...
+
+
+# %% tags=["check"]
+@check
+def exercise_3() -> None:
+    query = torch.randn(16, generator=torch.Generator().manual_seed(1))  # (D)
+    rotate = Rotary(16)
+    for distance in (0, 1, 5, 17):
+        key = given(key_for(query, distance))
+        assert key.shape == query.shape, f"the key has the shape {tuple(key.shape)}, not (16,)"
+        assert torch.isclose(key.norm(), query.norm()), "the key must be as long as the query"
+        keys = rotate(key.expand(40, 16), 0)  # (T, D)
+        scores = rotate(query[None], 39)[0] @ keys.T  # (T): the query stands at the last position
+        best = 39 - scores.argmax().item()
+        assert best == distance, f"for distance {distance} the best score is at distance {best}"
+        highest = query.square().sum()  # what equal directions give
+        assert torch.isclose(scores.max(), highest, rtol=1e-4), (
+            f"a score of {scores.max():.2f}, but {highest:.2f} can be had"
+        )
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def key_for(query: Tensor, distance: int) -> Tensor:
+#     return Rotary(len(query))(query[None], distance)[0]
+# ```
+#
+# The key stands behind by `distance` positions, so it is turned that much less. Turn it ahead by
+# as much, and the two point the same way.
+#
+# </details>
+#
+# ### 4 · Orthogonalise exactly
+#
+# Return $U V^\top$ of a matrix, by `torch.linalg.svd`. The check compares it with
+# five iterations of Newton-Schulz.
+
+
+# %% tags=["exercise"]
+def orthogonalised(G: Tensor) -> Tensor: ...
+
+
+# %% tags=["check"]
+@check
+def exercise_4() -> None:
+    for shape in ((12, 5), (5, 12)):
+        G = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        exact = given(orthogonalised(G))
+        assert exact.shape == G.shape, f"the shape is {tuple(exact.shape)}, not {shape}"
+        sigma = torch.linalg.svdvals(exact)
+        assert torch.allclose(sigma, torch.ones(5), atol=1e-4), (
+            f"singular values run from {sigma.min():.2f} to {sigma.max():.2f}, but all must be 1"
+        )
+        overlap = (exact * G).sum() / torch.linalg.svdvals(G).sum()
+        assert overlap > 0.999, "all singular values are 1, but the directions are others"
+    roughly = newton_schulz(G, 5)
+    print(f"Newton-Schulz differs by {(roughly - exact).norm() / exact.norm():.0%} of the length")
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def orthogonalised(G: Tensor) -> Tensor:
+#     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+#     return U @ Vh
+# ```
+#
+# </details>
+#
+# ### 5 · What was saved
+#
+# How many parameters fewer does the model have with all ideas than without any? Go by pencil and
+# paper: the table of positions, the biases of three layers in a block, the scales and shifts of
+# all norms, and what is new.
+
+
+# %% tags=["exercise"]
+def saved(config: Config) -> int: ...
+
+
+# %% tags=["check"]
+@check
+def exercise_5() -> None:
+    for T, C, L in ((8, 12, 1), (32, 24, 3)):
+        config = replace(tiny, block_size=T, n_embd=C, n_head=2, n_layer=L)
+        answer = given(saved(config))
+        counts = [
+            sum(each.numel() for each in Model(replace(config, without=ideas)).parameters())
+            for ideas in (get_args(Idea), ())
+        ]
+        right = counts[0] - counts[1]
+        off = right - answer
+        words = f"block_size {T}, n_embd {C}, n_layer {L}"
+        assert off != T * C, f"{words}: the table of positions is missing"
+        assert off != 2 * (2 * L + 1) * C, f"{words}: each norm has a scale and a shift"
+        assert off != 2 * C, f"{words}: there is one more norm, before the logits"
+        assert off != -L, f"{words}: each block has a new parameter, the share"
+        assert off == 0, f"{words}: {right} are saved, not {answer}"
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def saved(config: Config) -> int:
+#     T, C, L = config.block_size, config.n_embd, config.n_layer
+#     biases = L * (C + 4 * C + C)
+#     norms = (2 * L + 1) * 2 * C
+#     return T * C + biases + norms - L
+# ```
+#
+# </details>
+
+# %% [markdown]
+# This closes the course. You began with a table of pairs and have now taken apart a model in the
+# way that models are built today; every line of it is yours to change. Take an idea that you have
+# read of, give it a name in `Idea`, and measure what it is worth.

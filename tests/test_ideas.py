@@ -1,0 +1,177 @@
+"""compare.py --modern: what modern_gpt.py is without each of its ideas."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from conftest import files, start
+
+from common import load_corpus
+from comparison.curves import THEMES
+from comparison.ideas import (
+    ALL,
+    EQUAL_STEPS,
+    IDEAS,
+    equal_seconds,
+    idea_lines,
+    idea_notes,
+    idea_picture,
+    idea_table,
+)
+from comparison.runs import RUNGS, Found, Rung, Terms, TrainedRun, read_run
+from comparison.table import Result, read_results
+
+FLAGS = ["--data", "text.txt", "--device", "cpu", "--max-iters", 1, "--sample-length", 20]
+WRITTEN = {"modern.csv", "modern.md", "modern.svg", "modern-dark.svg", "modern.png"}
+
+
+def call(folder: Path, *flags: object) -> tuple[str, str, int]:
+    process = start("compare", *FLAGS, *flags, cwd=folder, threads=1)
+    return *process.communicate(), process.returncode
+
+
+@pytest.fixture(scope="module")
+def trained_ideas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of one step with all ideas and without each of them, compared."""
+    folder = tmp_path_factory.mktemp("ideas")
+    lines = (f"{i}: {i * 7 % 13} of {i * 5 % 11}\n" for i in range(300))
+    (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+    output, errors, code = call(folder, "--modern", "--seeds", 1)
+    assert (code, errors) == (0, "")
+    (folder / "output.txt").write_text(output, encoding="utf-8")
+    return folder
+
+
+def test_all_ideas_are_compared_with_all_but_one(trained_ideas: Path):
+    output = (trained_ideas / "output.txt").read_text(encoding="utf-8")
+    rows = output.partition("---\n")[2].partition("\n\n")[0].splitlines()
+    assert [row.split("  ")[0] for row in rows] == ["nothing", *IDEAS, "all: gpt.py's model"]
+    assert "A quick look" in output
+    out = trained_ideas / "runs" / "compare" / "text"
+    assert {path.name for path in out.iterdir() if path.is_file()} == WRITTEN
+    results = read_results(out / "modern.csv")
+    first = [result for result in results if "--max-iters" not in result.flags]
+    assert [result.flags for result in first] == [rung.flags for rung in EQUAL_STEPS]
+    for result in results:
+        assert f"{result.parameters:,}" in output
+        assert f"{result.val_loss:.3f}" in output
+    picture = ElementTree.parse(out / "modern.svg").getroot()
+    ids = [element.get("id") for element in picture.iter()]
+    assert {"equal-steps", "equal-seconds"} <= set(ids)
+
+
+def test_what_is_there_is_not_trained_again(trained_ideas: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained_ideas, folder)
+    before = files(folder)
+    for flags in (["--seeds", 1], ["--no-train"]):
+        output, errors, code = call(folder, "--modern", *flags)
+        assert (code, errors) == (0, "")
+        assert "left out" not in output.partition("left out  ")[0]
+        assert files(folder) == before
+
+
+def test_the_ladder_has_them_in_its_report_and_not_in_its_table(trained_ideas: Path):
+    output, errors, code = call(trained_ideas, "--no-train", "--out", "ladder")
+    assert (code, errors) == (0, "")
+    assert "left out" not in output
+    (result,) = read_results(trained_ideas / "ladder" / "losses.csv")
+    assert (result.stage, result.flags) == ("modern_gpt", "--preset small")
+    page = (trained_ideas / "ladder" / "report.html").read_text(encoding="utf-8")
+    section = page.partition('<h2 id="ideas">')[2].partition("</section>")[0]
+    for idea in IDEAS:
+        assert f"<code>{idea}</code>" in section
+
+
+def test_without_a_run_of_all_ideas_there_is_nothing_to_compare(
+    trained_ideas: Path, tmp_path: Path
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained_ideas, folder)
+    for path in (folder / "runs" / "compare" / "text").glob("modern_gpt-preset-small-1-steps*"):
+        shutil.rmtree(path)
+    before = files(folder)
+    output, errors, code = call(folder, "--modern", "--no-train")
+    assert code == 2
+    assert re.fullmatch(r"compare\.py: nothing to compare: .*leave out --no-train\n", errors)
+    assert files(folder) == before
+
+
+def found_with(seconds: dict[Rung, float], folder: Path) -> Found:
+    """Runs that took so long."""
+    some = next((folder / "runs" / "compare" / "text").glob("modern_gpt-preset-small-1-*"))
+    run: TrainedRun = read_run(some)
+    return Found(
+        {
+            (rung, 1): replace(run, rows=[*run.rows[:-1], run.rows[-1] | {"seconds": value}])
+            for rung, value in seconds.items()
+        }
+    )
+
+
+def test_equal_seconds_are_more_steps_for_what_is_faster(trained_ideas: Path):
+    same, faster, slower, little = EQUAL_STEPS[1:5]
+    found = found_with({ALL: 100, same: 100, faster: 80, slower: 125, little: 98}, trained_ideas)
+    terms = Terms(load_corpus(trained_ideas / "text.txt"), "cpu", ladder=EQUAL_STEPS)
+    usual = terms.config(ALL)
+    rungs = equal_seconds(found, terms)
+    assert [rung.new for rung in rungs] == [faster.new, slower.new]
+    longer, shorter = (terms.config(rung) for rung in rungs)
+    assert longer["max_iters"] == usual["max_iters"] * 25 // 20
+    assert shorter["max_iters"] == usual["max_iters"] * 16 // 20
+    assert longer["without"] == (faster.new,)
+    assert equal_seconds(found_with({same: 5}, trained_ideas), terms) == ()
+
+
+def result(flags: str, seed: int, loss: float, seconds: float) -> Result:
+    return Result("modern_gpt", f"{ALL.flags} {flags}".strip(), seed, 7, 9, 1.0, loss, 5, seconds)
+
+
+def test_what_an_idea_buys_is_counted_by_hand():
+    lines = idea_lines(
+        [
+            result("", 1, 1.5, 100),
+            result("", 2, 1.7, 110),
+            result("--without rope", 1, 1.8, 80),
+            result("--without rope", 2, 1.8, 90),
+            result("--without rope --max-iters 875 --eval-interval 218", 1, 1.7, 100),
+            result("--without muon", 1, 1.4, 100),
+            result("--without muon", 2, 1.6, 120),
+        ]
+    )
+    assert [line.left_out for line in lines] == ["nothing", "rope", "muon"]
+    rows = idea_table(lines)[1:]
+    assert rows[0][2:] == ["1.600 ± 0.141", "", "1.00", "1.600 ± 0.141", ""]
+    assert rows[1][2:] == ["1.800 ± 0.000", "+0.200 ± 0.100", "0.81", "1.700", "+0.100"]
+    # Where equal seconds are as many steps, the same runs count for both.
+    assert rows[2][2:4] == rows[2][5:7] == ["1.500 ± 0.141", "-0.100 ± 0.141"]
+    assert rows[2][4] == "1.05"
+    for theme in THEMES.values():
+        assert idea_picture(lines, theme, "svg").startswith(b"<?xml")
+
+
+def test_the_verdict_names_what_bought_nothing(trained_ideas: Path):
+    lines = idea_lines(
+        result(flags, seed, loss + seed / 1000, 100)
+        for flags, loss in {
+            "": 1.5,
+            "--without rope": 1.6,
+            "--without muon": 1.501,
+            "--without qk-norm": 1.4,
+            "--without all": 1.9,
+        }.items()
+        for seed in (1, 2, 3)
+    )
+    runs = list(found_with({ALL: 1}, trained_ideas).finished.values())
+    notes = "\n".join(idea_notes(lines, runs))
+    assert re.search(r"Bought something.*: rope\.", notes)
+    assert re.search(r"Bought nothing.*: muon\.", notes)
+    assert re.search(r"Cost something.*: qk-norm\.", notes)
+
+
+def test_the_rows_of_the_ladder_are_of_the_same_preset():
+    modern = [rung for rung in RUNGS if rung.stage == "modern_gpt"]
+    assert [rung.flags for rung in modern] == [f"--preset {p}" for p in ("small", "middle", "full")]
