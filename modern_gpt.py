@@ -22,8 +22,9 @@ Since gpt.py
     new: Idea, Config.muon_learning_rate, Config.muon_momentum, Config.cooldown, Config.without,
         Config.has, RMSNorm, Rotary, PositionTable, Recall, squared_relu, unchanged, make_norm,
         learning_rate_share, cosine_share, make_optimizers
-    changed: Config.learning_rate, Config.warmup_iters, PRESETS, Cache, Cache.__init__,
-        Cache.extend, BatchedMultiHeadAttention.__init__, BatchedMultiHeadAttention.forward,
+    changed: Config.dropout, Config.batch_size, Config.max_iters, Config.eval_interval,
+        Config.learning_rate, Config.warmup_iters, PRESETS, Cache, Cache.__init__, Cache.extend,
+        BatchedMultiHeadAttention.__init__, BatchedMultiHeadAttention.forward,
         FeedForward.__init__, FeedForward.forward, Block.__init__, Block.forward, Model.__init__,
         Model.initialize, Model.forward, Model.new_caches, main
     gone: Cache.length (an attribute now), learning_rate_at (a share of 1 now), make_optimizer
@@ -62,11 +63,11 @@ class Config:
     n_embd: int = 384  # C: how many channels describe a character
     n_head: int = 6  # H: how many heads share these channels, D = C / H each
     n_layer: int = 6  # how many blocks are stacked
-    dropout: float = 0.2  # which share of the numbers is silenced at random while training
-    batch_size: int = 64  # B: how many such blocks it learns from in one step
+    dropout: float = 0.15  # which share of the numbers is silenced at random while training
+    batch_size: int = 16  # B: how many such blocks it learns from in one step
     grad_accumulation: int = 1  # how many portions, at least, a batch is taken in: less memory
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 250  # how many steps pass between two evaluations
+    max_iters: int = 1400  # how many steps it learns for
+    eval_interval: int = 350  # how many steps pass between two evaluations
     learning_rate: float = 3e-3  # how far a step moves the weights
     muon_learning_rate: float = 1e-2  # the same for the matrices that Muon moves
     muon_momentum: float = 0.9  # which share of its direction Muon keeps from step to step
@@ -85,15 +86,14 @@ class Config:
 
 PRESETS = {
     "full": Config(),
-    "middle": Config(n_embd=256, n_head=8),
+    "middle": Config(n_embd=256, n_head=4, dropout=0.1, max_iters=900, eval_interval=225),
     "small": Config(
         block_size=128,
         n_embd=192,
         n_head=3,
         dropout=0.0,
-        batch_size=16,
-        max_iters=1000,
-        eval_interval=250,
+        max_iters=900,
+        eval_interval=225,
     ),
 }
 

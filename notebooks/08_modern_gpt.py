@@ -106,14 +106,14 @@ class Config:
     n_embd: int = 384  # C: how many channels describe a character
     n_head: int = 6  # H: how many heads share these channels, D = C / H each
     n_layer: int = 6  # how many blocks are stacked
-    dropout: float = 0.2  # which share of the numbers is silenced at random while training
-    batch_size: int = 64  # B: how many such blocks it learns from in one step
+    dropout: float = 0.15  # which share of the numbers is silenced at random while training
+    batch_size: int = 16  # B: how many such blocks it learns from in one step
     grad_accumulation: int = 1  # how many portions, at least, a batch is taken in: less memory
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 250  # how many steps pass between two evaluations
+    max_iters: int = 1400  # how many steps it learns for
+    eval_interval: int = 350  # how many steps pass between two evaluations
     learning_rate: float = 3e-3  # how far a step moves the weights
     muon_learning_rate: float = 1e-2  # the same for the matrices that Muon moves
-    muon_momentum: float = 0.85  # which share of its direction Muon keeps from step to step
+    muon_momentum: float = 0.9  # which share of its direction Muon keeps from step to step
     warmup_iters: int = 20  # how many steps the learning rate takes to rise to that
     cooldown: float = 0.7  # over which last share of the steps it falls to zero
     weight_decay: float = 0.1  # how strongly the matrices are drawn towards zero
@@ -130,14 +130,14 @@ class Config:
 # %%
 PRESETS = {
     "full": Config(),
-    "middle": Config(n_embd=256, n_head=8),
+    "middle": Config(n_embd=256, n_head=4, dropout=0.1, max_iters=900, eval_interval=225),
     "small": Config(
         block_size=128,
         n_embd=192,
+        n_head=3,
         dropout=0.0,
-        batch_size=32,
-        max_iters=700,
-        eval_interval=175,
+        max_iters=900,
+        eval_interval=225,
     ),
 }
 

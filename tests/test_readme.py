@@ -28,6 +28,7 @@ LIMITS = {  # of the mean validation loss, for the course to be what it says it 
     ("layer_norm", "--norm post"): 2.08,
     ("layer_norm", ""): 2.07,
     ("gpt", "--preset small"): 1.65,
+    ("modern_gpt", "--preset small"): 1.52,
 }
 
 
