@@ -1,6 +1,7 @@
 """Beyond the ladder: what changed since GPT-2, the same model with the ideas of the years since.
 
-What is new, each to be left out by its name with --without:
+What is new: ten ideas, each of which --without leaves out by its name.
+
     rms-norm       a vector is divided by its length, and nothing is centred or learnt
     rope           queries and keys turn with their position: no table of positions, and no end
     qk-norm        all queries and keys have the same length, so that no score runs away

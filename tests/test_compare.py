@@ -128,7 +128,7 @@ def test_only_what_is_missing_is_trained(compare: Callable, tmp_path: Path) -> N
     shutil.rmtree(gone)
     code, output, _ = compare("--seeds", 2)
     assert code == 0
-    assert "runs on text: 1 to train, 17 there already" in output
+    assert "runs on text: 1 to train, 19 there already" in output
     assert losses(gone) == whole
 
 
@@ -282,7 +282,7 @@ def test_a_script_that_changed_between_start_and_resume_is_remembered(
     assert run("bigram", "--resume", "--out", folder, "--data", "text.txt")[0] == 0
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert settings["changed_on_resume"] == ["script"]
-    assert len(found().finished) == 17
+    assert len(found().finished) == 19
 
 
 def test_an_unfinished_run_of_the_readers_own_is_left_alone(
@@ -348,7 +348,7 @@ def test_without_training_it_says_what_is_not_there(compare: Callable, tmp_path:
 def test_few_steps_come_with_a_warning(compare: Callable, tmp_path: Path) -> None:
     code, output, _ = compare("--no-train")
     assert code == 0
-    warning = "A quick look: 20 steps instead of 2000 to 5000."
+    warning = "A quick look: 20 steps instead of 900 to 5000."
     assert warning in output
     out = tmp_path / "runs" / "compare" / "text"
     for name in ("table.md", "report.html"):
@@ -404,7 +404,7 @@ def test_a_damaged_log_is_named_and_left_out(how: str, found: Callable, tmp_path
     (line,) = after.left_out
     assert str(path.relative_to(tmp_path)) in line
     assert "damaged" in line or "cannot read" in line
-    assert len(after.finished) == 17
+    assert len(after.finished) == 19
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"stage": "bigram"}', "\udcff"])
@@ -417,7 +417,7 @@ def test_a_damaged_config_is_named_and_left_out(
     assert after.left_out == [
         f"{path.relative_to(tmp_path)} is damaged, or not of a run of this course"
     ]
-    assert len(after.finished) == 17
+    assert len(after.finished) == 19
 
 
 def test_the_rest_goes_on_without_what_is_left_out(compare: Callable, tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_the_rest_goes_on_without_what_is_left_out(compare: Callable, tmp_path: 
     code, output, errors = compare("--no-train")
     assert (code, errors) == (0, "")
     assert f"left out: {path.relative_to(tmp_path)} is damaged: " in output
-    assert len(rows(tmp_path / "runs" / "compare" / "text")) == 17
+    assert len(rows(tmp_path / "runs" / "compare" / "text")) == 19
     assert "seeds 1, 2; bigram: 2." in output
 
 

@@ -1,5 +1,6 @@
 """compare.py --modern: what modern_gpt.py is without each of its ideas."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -25,6 +26,7 @@ from comparison.runs import RUNGS, Found, Rung, Terms, TrainedRun, read_run
 from comparison.table import Result, read_results
 
 FLAGS = ["--data", "text.txt", "--device", "cpu", "--max-iters", 1, "--sample-length", 20]
+NAME = "modern_gpt-preset-small"
 WRITTEN = {"modern.csv", "modern.md", "modern.svg", "modern-dark.svg", "modern.png"}
 
 
@@ -35,12 +37,23 @@ def call(folder: Path, *flags: object) -> tuple[str, str, int]:
 
 @pytest.fixture(scope="module")
 def trained_ideas(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of one step with all ideas and without each of them, compared."""
+    """A folder with runs of one step with all ideas and without each of them, compared."""
     folder = tmp_path_factory.mktemp("ideas")
     lines = (f"{i}: {i * 7 % 13} of {i * 5 % 11}\n" for i in range(300))
     (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+    assert call(folder, "--stages", "modern_gpt", "--seeds", 1)[1:] == ("", 0)
+    with_all = folder / "runs" / "compare" / "text" / f"{NAME}-1-steps-seed-1"
+    settings = json.loads((with_all / "config.json").read_text(encoding="utf-8"))
+    for idea in IDEAS[1:]:  # as if trained, with the same losses; the others are trained
+        without = settings | {"config": settings["config"] | {"without": [idea]}}
+        shutil.copytree(with_all, with_all.with_name(f"{NAME}-without-{idea}"))
+        path = with_all.with_name(f"{NAME}-without-{idea}") / "config.json"
+        path.write_text(json.dumps(without), encoding="utf-8")
+    for path in with_all.parent.glob("*.*"):
+        path.unlink()
     output, errors, code = call(folder, "--modern", "--seeds", 1)
     assert (code, errors) == (0, "")
+    assert "runs on text: 2 to train, 10 there already" in output
     (folder / "output.txt").write_text(output, encoding="utf-8")
     return folder
 
@@ -91,7 +104,7 @@ def test_without_a_run_of_all_ideas_there_is_nothing_to_compare(
 ):
     folder = tmp_path / "copy"
     shutil.copytree(trained_ideas, folder)
-    for path in (folder / "runs" / "compare" / "text").glob("modern_gpt-preset-small-1-steps*"):
+    for path in (folder / "runs" / "compare" / "text").glob(f"{NAME}-1-steps*"):
         shutil.rmtree(path)
     before = files(folder)
     output, errors, code = call(folder, "--modern", "--no-train")
@@ -102,7 +115,7 @@ def test_without_a_run_of_all_ideas_there_is_nothing_to_compare(
 
 def found_with(seconds: dict[Rung, float], folder: Path) -> Found:
     """Runs that took so long."""
-    some = next((folder / "runs" / "compare" / "text").glob("modern_gpt-preset-small-1-*"))
+    some = next((folder / "runs" / "compare" / "text").glob(f"{NAME}-1-*"))
     run: TrainedRun = read_run(some)
     return Found(
         {
