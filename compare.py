@@ -55,7 +55,7 @@ from training import duration
 ROOT = Path(__file__).resolve().parent
 RUNS = Path("runs", "compare")  # where the runs go that are trained here
 MOST_AT_ONCE = 4  # each has a PyTorch of its own in memory
-LARGE = ("gpt", "modern_gpt")  # these keep all cores busy by themselves
+LARGE = ("gpt", "modern_gpt")  # these keep a graphics card busy by themselves
 
 
 class Job(NamedTuple):
@@ -73,7 +73,7 @@ class Job(NamedTuple):
 
 
 def jobs_for(terms: Terms, found: Found) -> list[Job]:
-    """The runs that are missing: all with the first seed, then with the second; gpt last."""
+    """The runs that are missing: all with the first seed, then with the second; large last."""
     jobs = []
     for seed, rung in itertools.product(terms.seeds, terms.to_train()):
         if (rung, seed) in found.finished:
@@ -84,8 +84,9 @@ def jobs_for(terms: Terms, found: Found) -> list[Job]:
             folder = free_folder(terms, rung, seed)
             words = [*terms.flags(rung), "--seed", str(seed)]
         words += ["--data", terms.corpus.path, "--device", terms.device, "--out", str(folder)]
-        jobs.append(Job(rung, seed, folder, tuple(words), alone=rung.stage in LARGE))
-    return sorted(jobs, key=lambda job: job.alone)
+        alone = rung.stage in LARGE and terms.device != "cpu"
+        jobs.append(Job(rung, seed, folder, tuple(words), alone))
+    return sorted(jobs, key=lambda job: job.rung.stage in LARGE)
 
 
 def free_folder(terms: Terms, rung: Rung, seed: int) -> Path:
@@ -117,8 +118,9 @@ def lock() -> IO[str]:
 
 
 def train(jobs: list[Job], locked: int) -> list[str]:
-    """Do them all, the small ones side by side; return the names of those that failed."""
-    at_once = min(MOST_AT_ONCE, torch.get_num_threads())
+    """Do them all, side by side on equal shares of the cores; return the names that failed."""
+    cores = torch.get_num_threads()
+    at_once = min(MOST_AT_ONCE, cores)
     waiting, running, failed, done = list(jobs), {}, [], 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
@@ -127,7 +129,7 @@ def train(jobs: list[Job], locked: int) -> list[str]:
                 job = waiting.pop(0)
                 if job.alone:
                     print(f"now {job.name}", flush=True)
-                running[job] = start(job, locked)
+                running[job] = start(job, cores if job.alone else cores // at_once, locked)
             time.sleep(0.05)
             for job, (process, errors) in list(running.items()):
                 if process.poll() is None:
@@ -151,15 +153,14 @@ def train(jobs: list[Job], locked: int) -> list[str]:
     return failed
 
 
-def start(job: Job, locked: int) -> tuple[subprocess.Popen, IO[bytes]]:
+def start(job: Job, threads: int, locked: int) -> tuple[subprocess.Popen, IO[bytes]]:
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (read when it has ended)
     script = ROOT / f"{job.rung.stage}.py"
-    threads = {} if job.alone else {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, script, *job.words],
         stdout=subprocess.DEVNULL,
         stderr=errors,
-        env=os.environ | threads,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         pass_fds=() if fcntl is None else (locked,),
     )
     return process, errors

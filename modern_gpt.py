@@ -64,11 +64,11 @@ class Config:
     n_embd: int = 384  # C: how many channels describe a character
     n_head: int = 6  # H: how many heads share these channels, D = C / H each
     n_layer: int = 6  # how many blocks are stacked
-    dropout: float = 0.15  # which share of the numbers is silenced at random while training
-    batch_size: int = 16  # B: how many such blocks it learns from in one step
+    dropout: float = 0.1  # which share of the numbers is silenced at random while training
+    batch_size: int = 8  # B: how many such blocks it learns from in one step
     grad_accumulation: int = 1  # how many portions, at least, a batch is taken in: less memory
-    max_iters: int = 1400  # how many steps it learns for
-    eval_interval: int = 350  # how many steps pass between two evaluations
+    max_iters: int = 2000  # how many steps it learns for
+    eval_interval: int = 500  # how many steps pass between two evaluations
     learning_rate: float = 3e-3  # how far a step moves the weights
     muon_learning_rate: float = 1e-2  # the same for the matrices that Muon moves
     muon_momentum: float = 0.9  # which share of its direction Muon keeps from step to step
@@ -87,14 +87,23 @@ class Config:
 
 PRESETS = {
     "full": Config(),
-    "middle": Config(n_embd=256, n_head=4, dropout=0.1, max_iters=900, eval_interval=225),
-    "small": Config(
-        block_size=128,
+    "middle": Config(
         n_embd=192,
         n_head=3,
+        n_layer=4,
+        dropout=0.05,
+        max_iters=3000,
+        eval_interval=500,
+    ),
+    "small": Config(
+        block_size=128,
+        n_embd=128,
+        n_head=2,
+        n_layer=4,
         dropout=0.0,
-        max_iters=900,
-        eval_interval=225,
+        batch_size=16,
+        max_iters=2000,
+        eval_interval=250,
     ),
 }
 

@@ -21,7 +21,7 @@ EQUAL_STEPS = (
     *(Rung(ALL.stage, f"{ALL.flags} --without {idea}", idea) for idea in IDEAS),
     Rung(ALL.stage, f"{ALL.flags} --without all", "all: gpt.py's model"),
 )
-SHARES = 20  # steps are counted in twentieths: so a run fits again although no two last alike
+SHARES = 10  # steps are counted in tenths: so a run fits again although no two last alike
 
 
 def equal_seconds(found: Found, terms: Terms) -> tuple[Rung, ...]:
@@ -124,9 +124,9 @@ def idea_notes(lines: list[IdeaLine], runs: list[TrainedRun]) -> list[str]:
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     steps = max(run.rows[-1]["step"] for run in runs if not run.config["without"])
     result = [
-        f"{ALL.command}, trained on {runs[0].corpus} on {runs[0].device} with the seeds {seeds}, "
-        f"one run at a time: {steps} steps with all ideas, and without an idea as many, or for as "
-        f"many seconds (to {100 // SHARES} %). Validation loss at a run's best evaluation: mean "
+        f"{ALL.command}, trained on {runs[0].corpus} on {runs[0].device} with the seeds {seeds}: "
+        f"{steps} steps with all ideas, and without an idea as many, or for as many seconds (to "
+        f"{50 // SHARES} %). Validation loss at a run's best evaluation: mean "
         "± standard deviation; more: ± the standard error of the difference, as of independent "
         "runs.",
     ]

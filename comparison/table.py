@@ -179,8 +179,8 @@ def notes(lines: list[Line], runs: list[TrainedRun]) -> list[str]:
         "over the batches before it.",
         f"Gain: over the stage before, for variants too{''.join(dict.fromkeys(jumps))}"
         f"{'; ± the standard error of the difference, as of independent runs' if many else ''}.",
-        "Seconds: evaluations included, start-up not; what compare.py trains of the small stages "
-        "runs side by side.",
+        "Seconds: evaluations included, start-up not; of what compare.py trains on a processor, "
+        "each run has its share of the cores.",
     ]
 
 
