@@ -36,10 +36,9 @@ from common import Tokenizer, UserError, clear_errors, known_entropy, pick_devic
 from comparison.curves import THEMES, picture
 from comparison.ideas import (
     EQUAL_STEPS,
-    IdeaLine,
+    Ideas,
+    compare_ideas,
     equal_seconds,
-    idea_lines,
-    idea_notes,
     idea_picture,
     idea_table,
 )
@@ -244,6 +243,8 @@ def stages(text: str) -> tuple[str, ...]:
 @clear_errors
 def main() -> None:
     options = parse()
+    if options.modern and "modern_gpt" not in options.stages:
+        raise UserError("--modern compares modern_gpt.py with itself: leave out --stages")
     corpus = open_text(options.data)
     seeds = range(1, (options.seeds or 3) + 1)
     if options.no_train and not options.seeds:
@@ -285,11 +286,19 @@ def main() -> None:
             f"these stages on {corpus.name}; "
             + (f"add {shorter[1]} for those that are" if shorter else "leave out --no-train")
         )
+    groups = found.by_rung(terms.ladder)
+    ideas = compare_ideas(groups) if options.modern else None
+    if options.modern and not ideas:
+        nothing = UserError(
+            "nothing to compare: modern_gpt.py with all ideas, and without one, must both be "
+            "there; leave out --no-train"
+        )
+        raise not_trained if failed else nothing
     make_folder(out)
-    if options.modern:
-        write_ideas(found.by_rung(terms.ladder), terms, out)
+    if ideas:
+        write_ideas(groups, ideas, terms, out)
     else:
-        write(found.by_rung(), terms, prompt, options, out)
+        write(groups, terms, prompt, options, out)
     if failed:
         raise not_trained
 
@@ -346,7 +355,7 @@ def write(
     print("\n" + as_text(rows, width))
     for remark in filter(None, [*remarks, warning]):
         print(textwrap.fill(remark, width))
-    ideas = ideas_there(terms) if "modern_gpt" in terms.stages else []
+    ideas = ideas_there(terms) if "modern_gpt" in terms.stages else None
     page = report(groups, lines, rows, warning, remarks, ideas, terms.corpus, prompt, options)
     files = {
         "losses.csv": results_csv(results),
@@ -362,31 +371,25 @@ def write(
     print(f"the page to look at: {out / 'report.html'}")
 
 
-def ideas_there(terms: Terms) -> list[IdeaLine]:
-    """What `--modern` has trained already."""
+def ideas_there(terms: Terms) -> Ideas | None:
+    """What `--modern` has trained already, if that is enough to compare."""
     terms = replace(terms, ladder=EQUAL_STEPS)
     terms = with_equal_seconds(terms, find_runs(terms, RUNS))
-    found = find_runs(terms, RUNS)
-    return idea_lines(results_of(found.by_rung(terms.ladder)))
+    return compare_ideas(find_runs(terms, RUNS).by_rung(terms.ladder))
 
 
-def write_ideas(groups: dict[Rung, list[TrainedRun]], terms: Terms, out: Path) -> None:
+def write_ideas(
+    groups: dict[Rung, list[TrainedRun]], ideas: Ideas, terms: Terms, out: Path
+) -> None:
     """Print the table of ideas, and write it and its picture."""
-    results = results_of(groups)
-    lines = idea_lines(results)
-    if len(lines) < 2:
-        raise UserError(
-            "nothing to compare: modern_gpt.py with all ideas, and without one, must both be "
-            "there; leave out --no-train"
-        )
-    runs = [run for runs in groups.values() for run in runs]
-    rows, remarks = idea_table(lines), idea_notes(lines, runs)
+    lines, remarks = ideas
+    rows = idea_table(lines)
     width = shutil.get_terminal_size((160, 24)).columns
     print("\n" + as_text(rows, width))
     for remark in filter(None, [*remarks, terms.warning()]):
         print(textwrap.fill(remark, width))
     files = {
-        "modern.csv": results_csv(results),
+        "modern.csv": results_csv(results_of(groups)),
         "modern.md": "\n".join([as_markdown(rows), *remarks, terms.warning()]).encode("utf-8"),
         "modern.svg": idea_picture(lines, THEMES["light"], "svg"),
         "modern-dark.svg": idea_picture(lines, THEMES["dark"], "svg"),

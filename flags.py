@@ -46,12 +46,14 @@ COUNT = number(int, lambda value: 1 <= value < 2**31, "a whole number from 1 up"
 COUNT_OR_ZERO = number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 up")
 SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 up")
 POSITIVE = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+RATE = number(float, lambda value: 0 < value <= 1000, "a number above 0, at most 1000")
 POSITIVE_OR_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number from 0 up")
 FRACTION = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 SHARE = number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
 FIELD_TYPES = {int: COUNT, float: POSITIVE}
 SPECIAL_FIELDS = {
     "dropout": FRACTION,
+    "muon_learning_rate": RATE,
     "muon_momentum": FRACTION,
     "cooldown": SHARE,
     "weight_decay": POSITIVE_OR_ZERO,

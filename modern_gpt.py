@@ -2,18 +2,18 @@
 
 What is new: ten ideas, each of which --without leaves out by its name.
 
-    rms-norm       a vector is divided by its length, and nothing is centred or learnt
-    rope           queries and keys turn with their position: no table of positions, and no end
-    qk-norm        all queries and keys have the same length, so that no score runs away
-    bias-free      no biases: the layers do as well without
-    squared-relu   what the ReLU lets through is squared: few, strong activations
-    zero-init      output layers start at zero, so that every block starts by changing nothing
-    embedding-norm a character's embedding is scaled like all that later layers read
-    re-embedding   every block gets the first embedding again, as much of it as it learns to want
+    rms-norm       vectors are only brought to one length: there is less to compute and to learn
+    rope           queries and keys turn with their position, so that only their distance counts
+    qk-norm        queries and keys have one length, so that no score runs away
+    bias-free      no biases: what they add, the other weights can learn too
+    squared-relu   what the ReLU lets through is squared, so that few strong activations stand out
+    zero-init      what a block adds starts at zero: the first steps need not undo chance
+    embedding-norm the embedding is as long as what later layers read: they start on equal terms
+    re-embedding   every block may add the embedding again: no layer has to carry it along
     muon           a step moves a matrix alike in all directions, not mostly in the usual few
-    schedule       the learning rate holds, then falls to zero
+    schedule       the learning rate holds for long strides, then falls to zero to settle
 
-Why it helps: every one for a reason of its own; `python compare.py --modern` measures each.
+Why it helps: each for the reason beside it; `python compare.py --modern` measures how much.
 
     python modern_gpt.py                           the size that suits this machine
     python modern_gpt.py --preset middle           more time for a lower loss
@@ -72,8 +72,8 @@ class Config:
     learning_rate: float = 3e-3  # how far a step moves the weights
     muon_learning_rate: float = 1e-2  # the same for the matrices that Muon moves
     muon_momentum: float = 0.9  # which share of its direction Muon keeps from step to step
-    warmup_iters: int = 20  # how many steps the learning rate takes to rise to that
-    cooldown: float = 0.7  # over which last share of the steps it falls to zero
+    warmup_iters: int = 20  # how many steps the learning rates take to rise
+    cooldown: float = 0.7  # over which last share of the steps they fall to zero
     weight_decay: float = 0.1  # how strongly the matrices are drawn towards zero
     gradient_clip: float = 1.0  # how long the gradient may be
     precision: Precision = "auto"  # the number format of the matrix products
@@ -93,7 +93,6 @@ PRESETS = {
         n_layer=4,
         dropout=0.05,
         max_iters=3000,
-        eval_interval=500,
     ),
     "small": Config(
         block_size=128,
@@ -102,7 +101,6 @@ PRESETS = {
         n_layer=4,
         dropout=0.0,
         batch_size=16,
-        max_iters=2000,
         eval_interval=250,
     ),
 }
@@ -151,7 +149,7 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Turns queries and keys by angles that grow with their position.
 
-    What a query and a key have in common then depends on how far apart they stand, not on where.
+    Their product then depends on how far apart they stand, and not on where.
     """
 
     def __init__(self, size: int) -> None:
@@ -204,6 +202,10 @@ def squared_relu(x: Tensor) -> Tensor:
 def unchanged(x: Tensor, *_: object) -> Tensor:
     """What stands in for a part that is left out."""
     return x
+
+
+def make_norm(config: Config) -> nn.Module:
+    return RMSNorm() if config.has("rms-norm") else nn.LayerNorm(config.n_embd)
 
 
 class BatchedMultiHeadAttention(nn.Module):
@@ -292,10 +294,6 @@ class Block(nn.Module):
         return x
 
 
-def make_norm(config: Config) -> nn.Module:
-    return RMSNorm() if config.has("rms-norm") else nn.LayerNorm(config.n_embd)
-
-
 class Model(nn.Module):
     """Predicts the next character from all those in the block so far."""
 
@@ -309,11 +307,11 @@ class Model(nn.Module):
         self.final_norm = make_norm(config)
         self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = Dropout(config.dropout)
-        self.slides = config.has("rope")  # or the positions end with the block
+        self.slides = config.has("rope")  # without rope, positions end with the block
         self.initialize(config)
 
     def initialize(self, config: Config) -> None:
-        # 2 * n_layer of the output layers feed the residual sum: together they add up to 0.02.
+        # Without zero-init it is as in gpt.py: 2 * n_layer parts of a sum add up to 0.02.
         output_std = 0.0 if config.has("zero-init") else 0.02 / math.sqrt(2 * config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith(("projection.weight", "narrow.weight")):
@@ -372,7 +370,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     rate, muon_rate = config.learning_rate, config.muon_learning_rate
     optimizers = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)]
     if for_muon:
-        # A step's size is made that of AdamW, whatever the shape of the matrix.
+        # Whatever a matrix's shape, its numbers move by a fifth of the rate: much as AdamW's do.
         muon = torch.optim.Muon(
             for_muon,
             lr=muon_rate,
@@ -405,7 +403,9 @@ def main() -> None:
             run.log(loss)
         for optimizer in optimizers:
             run.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), run.config.gradient_clip)
+        norm = nn.utils.get_total_norm(weight.grad for weight in model.parameters())
+        norm = norm.nan_to_num(0.0, 0.0)  # float16 may overflow: the scaler leaves that step out
+        nn.utils.clip_grads_with_norm_(model.parameters(), run.config.gradient_clip, norm)
         for optimizer in optimizers:
             run.scaler.step(optimizer)
         run.scaler.update()

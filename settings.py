@@ -26,6 +26,7 @@ MAY_CHANGE_ON_RESUME = (
 MAY_CHANGE_FROM_A_SOURCE = (
     *MAY_CHANGE_ON_RESUME,
     *("dropout", "batch_size", "learning_rate", "warmup_iters", "weight_decay", "gradient_clip"),
+    *("muon_learning_rate", "muon_momentum", "cooldown"),
 )
 
 

@@ -73,7 +73,9 @@ class Run(Settings):
         """How a step is shared out: among processes, into portions, among threads."""
         B, processors = self.config.batch_size, processes.COUNT
         if processors > 1 and not hasattr(self.config, "grad_accumulation"):
-            raise UserError(f"{self.stage}.py trains in one process: only gpt.py shares its work")
+            raise UserError(
+                f"{self.stage}.py trains in one process: only gpt.py and modern_gpt.py share theirs"
+            )
         at_least = getattr(self.config, "grad_accumulation", 1)
         if B % (processors * at_least):
             processes_too = f"{processors} processes times " if processors > 1 else ""
@@ -299,6 +301,8 @@ class Run(Settings):
 
     def diverged(self, what: str) -> UserError:
         advice = "try a smaller --learning-rate"
+        if hasattr(self.config, "muon_learning_rate"):
+            advice += " or --muon-learning-rate"
         if self.number_format != torch.float32:
             advice += ", or --precision float32"
         if self.rows:

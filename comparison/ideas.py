@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from comparison.curves import Theme, written
 from comparison.runs import Found, Rung, Terms, TrainedRun
-from comparison.table import Estimate, Result, Table, gain
+from comparison.table import Estimate, Result, Table, gain, results_of
 from modern_gpt import Idea
 
 IDEAS = get_args(Idea)
@@ -88,6 +88,20 @@ def idea_lines(results: Iterable[Result]) -> list[IdeaLine]:
     return lines
 
 
+class Ideas(NamedTuple):
+    """What a comparison of ideas shows."""
+
+    lines: list[IdeaLine]
+    notes: list[str]
+
+
+def compare_ideas(groups: dict[Rung, list[TrainedRun]]) -> Ideas | None:
+    """Nothing where there are not even two models to compare."""
+    lines = idea_lines(results_of(groups))
+    runs = [run for runs in groups.values() for run in runs]
+    return Ideas(lines, idea_notes(lines, runs)) if len(lines) > 1 else None
+
+
 def losses(runs: list[Result]) -> list[float]:
     return [run.val_loss for run in runs]
 
@@ -125,10 +139,13 @@ def idea_notes(lines: list[IdeaLine], runs: list[TrainedRun]) -> list[str]:
     steps = max(run.rows[-1]["step"] for run in runs if not run.config["without"])
     result = [
         f"{ALL.command}, trained on {runs[0].corpus} on {runs[0].device} with the seeds {seeds}: "
-        f"{steps} steps with all ideas, and without an idea as many, or for as many seconds (to "
-        f"{50 // SHARES} %). Validation loss at a run's best evaluation: mean "
+        f"{steps} steps with all ideas, and without an idea as many, or for as many seconds (in "
+        f"{SHARES}ths of the steps). Validation loss at a run's best evaluation: mean "
         "± standard deviation; more: ± the standard error of the difference, as of independent "
         "runs.",
+        "Sizes and rates were chosen with all ideas in, and stay: an idea is worth here what it "
+        "adds to the others, and the model without all of them would do better with rates of its "
+        "own.",
     ]
     names: dict[str, list[str]] = {
         "Bought something": [],

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from common import Corpus, Tokenizer, UserError
 from comparison.curves import AXES, THEMES, picture
-from comparison.ideas import IdeaLine, idea_picture, idea_table
+from comparison.ideas import Ideas, idea_picture, idea_table
 from comparison.runs import STAGES, Rung, TrainedRun
 from comparison.table import TEXT_COLUMNS, Line, Table
 from sample import generate, load
@@ -30,7 +30,7 @@ def report(
     table: Table,
     warning: str,
     notes: list[str],
-    ideas: list[IdeaLine],
+    ideas: Ideas | None,
     corpus: Corpus,
     prompt: str,
     options: argparse.Namespace,
@@ -63,11 +63,12 @@ def report(
         },
         table=table,
         text_columns=TEXT_COLUMNS,
-        ideas=idea_table(ideas) if len(ideas) > 1 else None,
+        ideas=ideas,
+        ideas_table=idea_table(ideas.lines) if ideas else None,
         ideas_picture={
-            name: data_address(idea_picture(ideas, theme, "svg"))
+            name: data_address(idea_picture(ideas.lines, theme, "svg"))
             for name, theme in THEMES.items()
-            if len(ideas) > 1
+            if ideas
         },
         warning=warning,
         notes=notes,

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +153,11 @@ class Terms:
             words += ["--eval-interval", str(max(1, self.max_iters // 10))]
         return words
 
+    @cached_property
+    def configs(self) -> dict[Rung, dict[str, Any]]:
+        """What the rungs ask for: finding out takes a while, and each run is held against all."""
+        return {rung: self.config(rung) for rung in self.rungs()}
+
     def config(self, rung: Rung) -> dict[str, Any]:
         module = stage_module(rung.stage)
         presets = getattr(module, "PRESETS", None)
@@ -167,9 +173,10 @@ class Terms:
         usual = {own.config(rung)["max_iters"] for rung in whole}
         if not self.max_iters or self.max_iters >= min(usual):
             return ""
+        instead = " to ".join(map(str, sorted({min(usual), max(usual)})))
         return (
-            f"A quick look: {self.max_iters} steps instead of {min(usual)} to {max(usual)}. Which "
-            "stage is better shows only when all have learnt."
+            f"A quick look: {self.max_iters} steps instead of {instead}. What is better shows only "
+            "when all have learnt."
         )
 
     def place(self, run: TrainedRun) -> Rung:
@@ -187,7 +194,7 @@ class Terms:
             raise LeftOut("started from the weights of another run")
         if run.changed_on_resume:
             raise LeftOut(f"resumed with another {', '.join(run.changed_on_resume)}")
-        differences = {rung: different_settings(run.config, self.config(rung)) for rung in rungs}
+        differences = {rung: different_settings(run.config, self.configs[rung]) for rung in rungs}
         rung = min(rungs, key=lambda rung: len(differences[rung]))
         if differences[rung]:
             raise LeftOut(f"made with {' '.join(differences[rung])}")

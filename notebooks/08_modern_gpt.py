@@ -67,18 +67,18 @@ print(f"{len(training):,} characters to train on, {V} different ones")
 # %% [markdown]
 # ## Ten ideas, ten names
 #
-# | name | `gpt.py` | here |
-# |---|---|---|
-# | `rms-norm` | LayerNorm | divide by the length, nothing else |
-# | `rope` | a table of positions is added | queries and keys turn |
-# | `qk-norm` | scores as large as they get | queries and keys of equal length |
-# | `bias-free` | biases | none |
-# | `squared-relu` | ReLU | ReLU, squared |
-# | `zero-init` | output layers start small | they start at zero |
-# | `embedding-norm` | the embedding as it is | scaled like all that layers read |
-# | `re-embedding` | the embedding comes in once | again at every block |
-# | `muon` | AdamW for all | another optimizer for the matrices inside |
-# | `schedule` | a cosine | hold, then fall |
+# | name | `gpt.py` | here | in use since |
+# |---|---|---|---|
+# | `rms-norm` | LayerNorm | bring to one length, nothing else | RMSNorm, 2019 |
+# | `rope` | a table of positions is added | queries and keys turn | RoFormer, 2021 |
+# | `qk-norm` | scores as large as they get | queries and keys of one length | QKNorm, 2020 |
+# | `bias-free` | biases | none | PaLM, 2022 |
+# | `squared-relu` | ReLU | ReLU, squared | Primer, 2021 |
+# | `zero-init` | what a block adds starts small | it starts at zero | Fixup, 2019 |
+# | `embedding-norm` | the embedding as it is | as long as all that layers read | BLOOM, 2022 |
+# | `re-embedding` | the embedding comes in once | again at every block | nanoGPT speedruns, 2024 |
+# | `muon` | AdamW for all | another optimizer for the matrices inside | Muon, 2024 |
+# | `schedule` | a cosine | hold, then fall | MiniCPM, 2024 |
 #
 # None depends on another, so each can be left out by its name: `without` holds those that are.
 
@@ -114,8 +114,8 @@ class Config:
     learning_rate: float = 3e-3  # how far a step moves the weights
     muon_learning_rate: float = 1e-2  # the same for the matrices that Muon moves
     muon_momentum: float = 0.9  # which share of its direction Muon keeps from step to step
-    warmup_iters: int = 20  # how many steps the learning rate takes to rise to that
-    cooldown: float = 0.7  # over which last share of the steps it falls to zero
+    warmup_iters: int = 20  # how many steps the learning rates take to rise
+    cooldown: float = 0.7  # over which last share of the steps they fall to zero
     weight_decay: float = 0.1  # how strongly the matrices are drawn towards zero
     gradient_clip: float = 1.0  # how long the gradient may be
     precision: Precision = "auto"  # the number format of the matrix products
@@ -136,7 +136,6 @@ PRESETS = {
         n_layer=4,
         dropout=0.05,
         max_iters=3000,
-        eval_interval=500,
     ),
     "small": Config(
         block_size=128,
@@ -145,7 +144,6 @@ PRESETS = {
         n_layer=4,
         dropout=0.0,
         batch_size=16,
-        max_iters=2000,
         eval_interval=250,
     ),
 }
@@ -215,7 +213,7 @@ plt.show()
 
 # %% [markdown]
 # Both norms bring all lengths to $\sqrt{64} = 8$. LayerNorm brings all means to 0 as well, so its
-# vectors lie on one point; RMSNorm leaves them a mean, and so scatters along the line.
+# dots lie on one point; RMSNorm leaves them a mean, and so scatters along the line.
 #
 # **Predict before you run the next cell:** add 3 to all channels of every vector. Which of the two
 # norms lets the layers behind it notice?
@@ -252,7 +250,7 @@ print("as PyTorch's own:", torch.allclose(RMSNorm()(vectors), pytorchs(vectors),
 class Rotary(nn.Module):
     """Turns queries and keys by angles that grow with their position.
 
-    What a query and a key have in common then depends on how far apart they stand, not on where.
+    Their product then depends on how far apart they stand, and not on where.
     """
 
     def __init__(self, size: int) -> None:
@@ -406,7 +404,8 @@ def unchanged(x: Tensor, *_: object) -> Tensor:
 # A table ends with the block. Turning does not end: position 1,000 is as good as position 10, as
 # long as the distances are those that the model has learnt with. So the cache may forget its
 # oldest key and go on, without a new start. It only has to count all characters, seen or forgotten,
-# since that count is the next position.
+# since that count is the next position. And not all is lost with a key: what the second block reads
+# was written when the first one still saw further back.
 
 
 # %%
@@ -546,7 +545,7 @@ def largest_score(attention: nn.Module, x: Tensor) -> tuple[float, float]:
     T, C = x.shape
     x = attention.query_key_value(x)  # (T, 3*C)
     x = x.view(T, 3, tiny.n_head, D).permute(1, 2, 0, 3)  # (3, H, T, D)
-    query, key = attention.norm(x[:2])  # (H, T, D) each
+    query, key = attention.norm(x[:2])  # (H, T, D) both
     scores = query @ key.transpose(1, 2) * D**-0.5  # (H, T, T)
     return scores.abs().max().item(), scores.softmax(dim=-1).amax(dim=-1).mean().item()
 
@@ -652,6 +651,10 @@ class Recall(nn.Module):
 
 
 # %%
+def make_norm(config: Config) -> nn.Module:
+    return RMSNorm() if config.has("rms-norm") else nn.LayerNorm(config.n_embd)
+
+
 class Block(nn.Module):
     """Communicate, then compute; each adds its part to what was there."""
 
@@ -669,10 +672,6 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x
-
-
-def make_norm(config: Config) -> nn.Module:
-    return RMSNorm() if config.has("rms-norm") else nn.LayerNorm(config.n_embd)
 
 
 # %% [markdown]
@@ -694,11 +693,11 @@ class Model(nn.Module):
         self.final_norm = make_norm(config)
         self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = Dropout(config.dropout)
-        self.slides = config.has("rope")  # or the positions end with the block
+        self.slides = config.has("rope")  # without rope, positions end with the block
         self.initialize(config)
 
     def initialize(self, config: Config) -> None:
-        # 2 * n_layer of the output layers feed the residual sum: together they add up to 0.02.
+        # Without zero-init it is as in gpt.py: 2 * n_layer parts of a sum add up to 0.02.
         output_std = 0.0 if config.has("zero-init") else 0.02 / math.sqrt(2 * config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith(("projection.weight", "narrow.weight")):
@@ -935,7 +934,8 @@ print(f"root mean square of its entries, divided by the rate: {size:.2f}")
 
 # %% [markdown]
 # PyTorch's iterates in `bfloat16`, which is faster and a little rough; that is the difference. With
-# momentum, it is not the gradient of one batch that is orthogonalised, but a running mean of them.
+# momentum, it is not the gradient of one batch that is orthogonalised, but a running mean of them
+# (to which the newest is added once more). The weights of query, key and value count as one matrix.
 #
 # Only the matrices inside the blocks are moved so. The embedding and `to_logits` are rather tables,
 # with a row for each character; they stay with AdamW, and so do the few vectors.
@@ -957,7 +957,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     rate, muon_rate = config.learning_rate, config.muon_learning_rate
     optimizers = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)]
     if for_muon:
-        # A step's size is made that of AdamW, whatever the shape of the matrix.
+        # Whatever a matrix's shape, its numbers move by a fifth of the rate: much as AdamW's do.
         muon = torch.optim.Muon(
             for_muon,
             lr=muon_rate,
@@ -1081,7 +1081,7 @@ plt.show()
 # seeds differ by a tenth of that or less. The bold rate helps the old model only a little.
 #
 # Now be careful with this picture. It says that *this* model of some hundred thousand numbers, on
-# *this* text, is ahead after some hundred steps. It does not say
+# *this* text, is ahead after three hundred steps. It does not say
 #
 # - which of the ten ideas did it, or whether one of them does harm;
 # - what happens in a training fifty times as long, where a fast start counts for less;
@@ -1231,6 +1231,7 @@ def by_character(model: nn.Module, idx: Tensor) -> float:
     """The share of the first feed-forward network's output that the character alone decides."""
     inputs = read_by(model, "feed_forward", idx)[0]  # (B, T, C)
     out = model.blocks[0].feed_forward(inputs).flatten(0, 1)  # (B*T, C)
+    out = out - out.mean(dim=0)  # what is the same for all characters decides nothing
     sums = torch.zeros(V, out.shape[1]).index_add(0, idx.flatten(), out)  # (V, C)
     means = sums / idx.flatten().bincount(minlength=V).clamp(min=1)[:, None]  # (V, C)
     return (means[idx.flatten()].square().sum() / out.square().sum()).item()
@@ -1352,7 +1353,9 @@ def main() -> None:
             run.log(loss)
         for optimizer in optimizers:
             run.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), run.config.gradient_clip)
+        norm = nn.utils.get_total_norm(weight.grad for weight in model.parameters())
+        norm = norm.nan_to_num(0.0, 0.0)  # float16 may overflow: the scaler leaves that step out
+        nn.utils.clip_grads_with_norm_(model.parameters(), run.config.gradient_clip, norm)
         for optimizer in optimizers:
             run.scaler.step(optimizer)
         run.scaler.update()
@@ -1432,7 +1435,10 @@ def exercise_2() -> None:
         assert spread < 1e-4, f"scores at distance {-distance} differ by {spread:.3f}: which pairs?"
     right = torch.cat((angles.cos(), angles.sin()), dim=1)  # (T, D)
     ones = torch.cat((torch.ones(12, 4), torch.zeros(12, 4)), dim=1)  # (T, D)
-    assert torch.allclose(turn(ones, angles), right, atol=1e-5), "you turn the other way round"
+    assert not torch.allclose(turn(ones, -angles), right, atol=1e-5), "you turn the other way round"
+    assert torch.allclose(turn(ones, angles), right, atol=1e-5), (
+        "you turn other pairs: channel i belongs to channel i + D/2"
+    )
 
 
 # %% [markdown]
@@ -1542,7 +1548,7 @@ def saved(config: Config) -> int: ...
 # %% tags=["check"]
 @check
 def exercise_5() -> None:
-    for T, C, L in ((8, 12, 1), (32, 24, 3)):
+    for T, C, L in ((8, 12, 2), (32, 24, 3)):
         config = replace(tiny, block_size=T, n_embd=C, n_head=2, n_layer=L)
         answer = given(saved(config))
         counts = [
@@ -1553,6 +1559,7 @@ def exercise_5() -> None:
         off = right - answer
         words = f"block_size {T}, n_embd {C}, n_layer {L}"
         assert off != T * C, f"{words}: the table of positions is missing"
+        assert off != 6 * L * C, f"{words}: three layers in a block have biases, 6 * C together"
         assert off != 2 * (2 * L + 1) * C, f"{words}: each norm has a scale and a shift"
         assert off != 2 * C, f"{words}: there is one more norm, before the logits"
         assert off != -L, f"{words}: each block has a new parameter, the share"

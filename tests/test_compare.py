@@ -351,7 +351,7 @@ def test_without_training_it_says_what_is_not_there(compare: Callable, tmp_path:
 def test_few_steps_come_with_a_warning(compare: Callable, tmp_path: Path) -> None:
     code, output, _ = compare("--no-train")
     assert code == 0
-    warning = "A quick look: 20 steps instead of 900 to 5000."
+    warning = "A quick look: 20 steps instead of 2000 to 5000."
     assert warning in output
     out = tmp_path / "runs" / "compare" / "text"
     for name in ("table.md", "report.html"):

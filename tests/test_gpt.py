@@ -622,7 +622,8 @@ def test_a_loss_that_explodes_between_two_evaluations(
     assert begin == f"the loss became nan at step {first_bad_loss()}"
     bfloat16 = settings_of(tmp_path / "run")["number_format"] == "bfloat16"
     second = ", or --precision float32" if bfloat16 else ""
-    assert advice == "try a smaller --learning-rate" + second
+    first = " or --muon-learning-rate" if stage == "modern_gpt" else ""
+    assert advice == "try a smaller --learning-rate" + first + second
     assert kept == "run keeps step 0 in checkpoint.pt and step 0 in best.pt"
     assert_finite(tmp_path / "run")
     assert "best validation loss" not in output

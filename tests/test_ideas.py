@@ -62,7 +62,7 @@ def test_all_ideas_are_compared_with_all_but_one(trained_ideas: Path):
     output = (trained_ideas / "output.txt").read_text(encoding="utf-8")
     rows = output.partition("---\n")[2].partition("\n\n")[0].splitlines()
     assert [row.split("  ")[0] for row in rows] == ["nothing", *IDEAS, "all: gpt.py's model"]
-    assert "A quick look" in output
+    assert "A quick look: 1 steps instead of 2000. What is better" in output
     out = trained_ideas / "runs" / "compare" / "text"
     assert {path.name for path in out.iterdir() if path.is_file()} == WRITTEN
     results = read_results(out / "modern.csv")
@@ -94,6 +94,7 @@ def test_the_ladder_has_them_in_its_report_and_not_in_its_table(trained_ideas: P
     (result,) = read_results(trained_ideas / "ladder" / "losses.csv")
     assert (result.stage, result.flags) == ("modern_gpt", "--preset small")
     page = (trained_ideas / "ladder" / "report.html").read_text(encoding="utf-8")
+    assert "an idea is worth here what it adds to the others" in page
     section = page.partition('<h2 id="ideas">')[2].partition("</section>")[0]
     for idea in IDEAS:
         assert f"<code>{idea}</code>" in section
@@ -111,6 +112,12 @@ def test_without_a_run_of_all_ideas_there_is_nothing_to_compare(
     assert code == 2
     assert re.fullmatch(r"compare\.py: nothing to compare: .*leave out --no-train\n", errors)
     assert files(folder) == before
+
+
+def test_the_ideas_are_of_one_stage(trained_ideas: Path):
+    output, errors, code = call(trained_ideas, "--modern", "--stages", "bigram,gpt")
+    assert (output, code) == ("", 2)
+    assert errors == "compare.py: --modern compares modern_gpt.py with itself: leave out --stages\n"
 
 
 def found_with(seconds: dict[Rung, float], folder: Path) -> Found:
