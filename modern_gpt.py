@@ -65,10 +65,10 @@ class Config:
     n_head: int = 6  # H: how many heads share these channels, D = C / H each
     n_layer: int = 6  # how many blocks are stacked
     dropout: float = 0.1  # which share of the numbers is silenced at random while training
-    batch_size: int = 8  # B: how many such blocks it learns from in one step
+    batch_size: int = 16  # B: how many such blocks it learns from in one step
     grad_accumulation: int = 1  # how many portions, at least, a batch is taken in: less memory
-    max_iters: int = 2000  # how many steps it learns for
-    eval_interval: int = 500  # how many steps pass between two evaluations
+    max_iters: int = 1400  # how many steps it learns for
+    eval_interval: int = 350  # how many steps pass between two evaluations
     learning_rate: float = 3e-3  # how far a step moves the weights
     muon_learning_rate: float = 1e-2  # the same for the matrices that Muon moves
     muon_momentum: float = 0.9  # which share of its direction Muon keeps from step to step
@@ -92,7 +92,9 @@ PRESETS = {
         n_head=3,
         n_layer=4,
         dropout=0.05,
+        batch_size=8,
         max_iters=3000,
+        eval_interval=500,
     ),
     "small": Config(
         block_size=128,
@@ -100,7 +102,7 @@ PRESETS = {
         n_head=2,
         n_layer=4,
         dropout=0.0,
-        batch_size=16,
+        max_iters=2000,
         eval_interval=250,
     ),
 }

@@ -169,7 +169,7 @@ class Terms:
     def warning(self) -> str:
         """Fewer steps than a stage is made for say little."""
         own = replace(self, max_iters=None)
-        whole = [rung for rung in self.ladder if "--max-iters" not in rung.flags]
+        whole = [rung for rung in self.to_train() if "--max-iters" not in rung.flags]
         usual = {own.config(rung)["max_iters"] for rung in whole}
         if not self.max_iters or self.max_iters >= min(usual):
             return ""
