@@ -913,7 +913,7 @@ print(f", smallest {after[-1]:.2f}")
 # The 0.9 stays near 1, and the 0.001 has grown almost five hundredfold: not to 1 yet, but no longer
 # lost beside it. The first line is too small for five iterations. The gradient above has no such
 # value: after five, all of its own are between about 0.7 and 1.2. They are not exactly 1, and that
-# is on purpose: numbers $a$, $b$, $c$ that make the curve steep at zero were worth more than numbers
+# is on purpose: numbers $a$, $b$, $c$ that make the curve steep at zero were worth more than some
 # that end at one.
 #
 # What is the step, then? An orthogonal matrix of $M \times N$ has entries of about
