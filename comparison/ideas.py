@@ -137,7 +137,7 @@ def idea_notes(lines: list[IdeaLine], runs: list[TrainedRun]) -> list[str]:
     """What a reader must know of the table, and what it says."""
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     steps = max(run.rows[-1]["step"] for run in runs if not run.config["without"])
-    result = [
+    return [
         f"{ALL.command}, trained on {runs[0].corpus} on {runs[0].device} with the seeds {seeds}: "
         f"{steps} steps with all ideas, and without an idea as many, or for as many seconds (in "
         f"{SHARES}ths of the steps). Validation loss at a run's best evaluation: mean "
@@ -146,7 +146,12 @@ def idea_notes(lines: list[IdeaLine], runs: list[TrainedRun]) -> list[str]:
         "Sizes and rates were chosen with all ideas in, and stay: an idea is worth here what it "
         "adds to the others, and the model without all of them would do better with rates of its "
         "own.",
+        *verdicts(lines),
     ]
+
+
+def verdicts(lines: list[IdeaLine]) -> list[str]:
+    """Which ideas bought something, which nothing, as far as several seeds can tell."""
     names: dict[str, list[str]] = {
         "Bought something": [],
         "Bought nothing": [],
@@ -160,13 +165,12 @@ def idea_notes(lines: list[IdeaLine], runs: list[TrainedRun]) -> list[str]:
             else:
                 kind = "Bought something" if more.value > 0 else "Cost something"
                 names[kind].append(line.left_out)
-    result += [
+    return [
         f"{kind} at this size after equal seconds, as far as these seeds can tell (by two standard "
         f"errors): {', '.join(ideas)}."
         for kind, ideas in names.items()
         if ideas
     ]
-    return result
 
 
 def idea_picture(lines: list[IdeaLine], theme: Theme, format: str) -> bytes:
