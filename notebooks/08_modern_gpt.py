@@ -16,11 +16,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/character-gpt/course/blob/main/notebooks/08_modern_gpt.ipynb)
 #
-# The ladder is climbed. This notebook goes on from its top: the same model with ten ideas of the
-# years since GPT-2. After it you can
+# The ladder is climbed. This notebook goes on from its top: the same model with ten ideas that
+# GPT-2 did not have; most of them are younger. After it you can
 #
-# - say what RMSNorm leaves out of LayerNorm;
-# - turn queries and keys by their position, and show that scores then depend on distance alone;
+# - say what is left of LayerNorm in today's models;
+# - turn queries and keys by their position, and show that of positions only the distance counts;
 # - explain why normalised queries and keys keep every score in bounds;
 # - say which weights learn first when every block starts by changing nothing;
 # - orthogonalise an update by hand, and say what that does to its singular values;
@@ -67,20 +67,20 @@ print(f"{len(training):,} characters to train on, {V} different ones")
 # %% [markdown]
 # ## Ten ideas, ten names
 #
-# | name | `gpt.py` | here | in use since |
+# | name | `gpt.py` | here | a place to read of it |
 # |---|---|---|---|
 # | `rms-norm` | LayerNorm | bring to one length, nothing else | RMSNorm, 2019 |
 # | `rope` | a table of positions is added | queries and keys turn | RoFormer, 2021 |
 # | `qk-norm` | scores as large as they get | queries and keys of one length | QKNorm, 2020 |
-# | `bias-free` | biases | none | PaLM, 2022 |
+# | `bias-free` | biases of the linear layers | none | T5, 2019 |
 # | `squared-relu` | ReLU | ReLU, squared | Primer, 2021 |
 # | `zero-init` | what a block adds starts small | it starts at zero | Fixup, 2019 |
 # | `embedding-norm` | the embedding as it is | as long as all that layers read | BLOOM, 2022 |
 # | `re-embedding` | the embedding comes in once | again at every block | nanoGPT speedruns, 2024 |
 # | `muon` | AdamW for all | another optimizer for the matrices inside | Muon, 2024 |
-# | `schedule` | a cosine | hold, then fall | MiniCPM, 2024 |
+# | `schedule` | a cosine | hold, then fall | Hägele et al., 2024 |
 #
-# None depends on another, so each can be left out by its name: `without` holds those that are.
+# None depends on another, so each can be left out: `without` holds the names of those that are.
 
 
 # %%
@@ -178,8 +178,9 @@ print(f"C = {tiny.n_embd} channels, H = {tiny.n_head} heads of D = {D}, T = {tin
 # %% [markdown]
 # ## RMSNorm
 #
-# LayerNorm takes the mean away, divides by the spread, then scales and shifts each channel by
-# numbers that it learns. RMSNorm keeps only the division. With $C$ channels:
+# You wrote RMSNorm in notebook 06: it divides by the root of the mean square, takes no mean away
+# and adds no bias, but keeps a gain. Here the gain goes too, since the layer behind can take it
+# over, as you showed there. With $C$ channels this is left:
 #
 # $$\text{RMSNorm}(x) = \frac{x}{\sqrt{\frac{1}{C}\sum_c x_c^2}}$$
 #
@@ -224,12 +225,11 @@ plt.show()
 for name, norm in (("LayerNorm", nn.LayerNorm(64)), ("RMSNorm", RMSNorm())):
     change = (norm(vectors + 3) - norm(vectors)).abs().max().item()
     print(f"{name:9} changes its output by at most {change:.4f}")
-pytorchs = nn.RMSNorm(64, eps=1e-6, elementwise_affine=False)
+pytorchs = nn.RMSNorm(64, eps=1e-6, elementwise_affine=False)  # without the gain that it may have
 print("as PyTorch's own:", torch.allclose(RMSNorm()(vectors), pytorchs(vectors), atol=1e-6))
 
 # %% [markdown]
-# LayerNorm throws the mean away. Does a trained model miss anything by that? You will look further
-# down.
+# LayerNorm throws the mean away. Does that matter in a trained model? You will look further down.
 #
 # ## RoPE: positions that turn
 #
@@ -312,7 +312,7 @@ print("positions:", ", ".join(f"{count:,.0f}" for count in full_turns.tolist()))
 # %% [markdown]
 # The slowest pair would come round only after a text far longer than any block here.
 #
-# ### Only the distance counts
+# ### Of positions, only the distance counts
 #
 # Turn a query by the angle of its position $p$ and a key by that of its position $j$. Turning both
 # by the same angle changes nothing about how they lie to each other, so what remains in their
@@ -577,7 +577,8 @@ plt.show()
 # Both axes are logarithmic. Without the norm the scores grow with the square of the factor, since
 # queries and keys both grow; in the end nearly every position looks at one place and nothing
 # else. With the norm nothing changes: the length of a query says nothing, only its direction does.
-# The price is that no head can be as sharp as it likes, since all scores lie within the bound.
+# The price is that no head can be as sharp as it likes, since all scores lie within the bound. The
+# paper therefore multiplies the scores by a number that is learnt; here it is left out.
 
 # %% [markdown]
 # ## Squared ReLU
@@ -731,7 +732,7 @@ class Model(nn.Module):
 # %% [markdown]
 # ### What is gone
 #
-# No table, no biases, no scales and shifts in the norms. How many numbers was that?
+# No table, no biases, no gains and biases of the norms. How many numbers was that?
 
 # %%
 torch.manual_seed(1)
@@ -746,8 +747,10 @@ for name, each in (("old", old_model), ("modern", model)):
     print(f"{name:6}", ", ".join(f"{count:,} {kind}" for kind, count in sizes.items()))
 
 # %% [markdown]
-# Few. That is the point of leaving them out: fewer things to think of, and every parameter but the
-# shares is a matrix.
+# Few: less than three in a hundred, with the table. They are not left out to save room, but because
+# the model can do without. Gain and bias of a norm can be folded into the layer behind it, as you
+# did in notebook 06; that a model does as well with no bias at all is experience, not proof. What
+# remains is simpler: every parameter but the shares is a matrix.
 #
 # ## Starting at zero
 #
@@ -812,9 +815,10 @@ print(f"length after the norm          {RMSNorm()(drawn).norm(dim=-1).mean():.2f
 print(f"length of all that layers read {math.sqrt(tiny.n_embd):.2f}")
 
 # %% [markdown]
-# A layer that reads vectors of length 8 can soon write vectors far longer than the drawn ones. A
-# short embedding then drowns in the sum, or has to be made longer first. One that is as long as
-# what layers read does not.
+# (7.99, since the small number in the root counts a little for vectors as short as these.) A layer
+# that reads vectors of length 8 can soon write vectors far longer than the drawn ones. A short
+# embedding then drowns in the sum, or has to be made longer first. One that is as long as what
+# layers read does not.
 #
 # ## Muon
 #
@@ -824,9 +828,13 @@ print(f"length of all that layers read {math.sqrt(tiny.n_embd):.2f}")
 # $$G = \sum_i \sigma_i\, u_i v_i^\top$$
 #
 # directions $v_i$ of what comes in, $u_i$ of what goes out, and the singular value $\sigma_i$ says
-# how strongly the one is to be turned into the other. Here is a real gradient, the first of `widen`
-# in a model without the new ideas but RMSNorm. (Behind a LayerNorm one singular value would be 0:
-# no mean comes in.)
+# how strongly the one is to be turned into the other. All $v_i$ have length 1 and are at right
+# angles to each other, and so are all $u_i$. With these as the columns of $U$ and $V$ (here not the
+# vocabulary) and the $\sigma_i$ on the diagonal of $\Sigma$, the sum is $U \Sigma V^\top$.
+#
+# Here is a real gradient: that of `widen` in the first block, before the first step, in a model
+# with no new idea but RMSNorm. (Behind a LayerNorm one singular value would be 0: no mean comes
+# in.)
 
 # %%
 torch.manual_seed(1)
@@ -845,9 +853,12 @@ print(" the one in the middle")
 print(f"the first 3 make up {share[:3].sum():.0%} of the squared length")
 
 # %% [markdown]
-# Three directions of 64 have about half of it. A step along $G$ moves the matrix in those, again
-# and again, and hardly in any other. Muon moves it alike in all: it keeps the directions and sets
-# every singular value to about 1. That is to **orthogonalise** the matrix.
+# Three directions of 64 have about half of it. A step along $G$ would move the matrix mostly in
+# those. AdamW does not step along $G$: it divides each entry by its usual size. But it looks at one
+# entry at a time and knows nothing of directions; its steps too are said to lie mostly in a few
+# ([Jordan, 2024](https://kellerjordan.github.io/posts/muon/)). Muon looks at the matrix as a whole
+# and moves it alike in all: it keeps the directions and sets every singular value to about 1. That
+# is to **orthogonalise** the matrix.
 #
 # $$U \Sigma V^\top \to U V^\top$$
 #
@@ -896,8 +907,8 @@ plt.show()
 
 # %% [markdown]
 # Left: near zero the curve is steep, so small values more than triple each time; those near 1 jump
-# up and down but stay near 1. Right: the gradient's own singular values, on a logarithmic axis. The
-# number at a line says after how many iterations; the lines become ever flatter.
+# up and down between about 0.7 and 1.2. Right: the gradient's own singular values, on a logarithmic
+# axis. The number at a line says after how many iterations; the lines become ever flatter.
 
 # %%
 for value in (0.00001, 0.001, 0.9):
@@ -910,16 +921,16 @@ print(f"the gradient's: largest {after[0]:.2f}, middle {after[len(after) // 2]:.
 print(f", smallest {after[-1]:.2f}")
 
 # %% [markdown]
-# The 0.9 stays near 1, and the 0.001 has grown almost five hundredfold: not to 1 yet, but no longer
-# lost beside it. The first line is too small for five iterations. The gradient above has no such
-# value: after five, all of its own are between about 0.7 and 1.2. They are not exactly 1, and that
-# is on purpose: numbers $a$, $b$, $c$ that make the curve steep at zero were worth more than some
-# that end at one.
+# The 0.9 jumps about and happens to end at 0.68. The 0.001 has grown almost five hundredfold:
+# before, it was a nine-hundredth of the other, now it is two thirds of it. The first line is too
+# small for five iterations. The gradient above has no such value: after five, all of its own are
+# between about 0.7 and 1.2. They are not exactly 1, and that is on purpose: numbers $a$, $b$, $c$
+# that make the curve steep at zero were worth more than some that end at one.
 #
-# What is the step, then? An orthogonal matrix of $M \times N$ has entries of about
-# $1/\sqrt{\max(M, N)}$. Times $0.2\sqrt{\max(M, N)}$ they are about 0.2, and times the learning
-# rate that is about as large as the steps that AdamW usually takes. Take one step with PyTorch's
-# Muon, without momentum and decay, and one by hand.
+# What is the step, then? A matrix of $M \times N$ whose singular values are all 1 has entries of
+# about $1/\sqrt{\max(M, N)}$. Times $0.2\sqrt{\max(M, N)}$ they are about 0.2, and times the
+# learning rate that is about as large as the steps that AdamW usually takes. Take one step with
+# PyTorch's Muon, without momentum and decay, and one by hand.
 
 # %%
 weight = nn.Parameter(widen.detach().clone())  # (4*C, C)
@@ -936,12 +947,12 @@ size = ours.square().mean().sqrt() / 0.01
 print(f"root mean square of its entries, divided by the rate: {size:.2f}")
 
 # %% [markdown]
-# PyTorch's iterates in `bfloat16`, which is faster and a little rough; that is the difference. With
+# PyTorch's iterates in `bfloat16`, which is fast and a little rough; that is the difference. With
 # momentum, it is not the gradient of one batch that is orthogonalised, but a running mean of them
 # (to which the newest is added once more). The weights of query, key and value count as one matrix.
 #
-# Only the matrices inside the blocks are moved so. The embedding and `to_logits` are rather tables,
-# with a row for each character; they stay with AdamW, and so do the few vectors.
+# Only the matrices inside the blocks are moved so. The embedding and `to_logits` are more like
+# tables, with a row for each character; they stay with AdamW, and so do the few vectors.
 
 
 # %%
@@ -1083,7 +1094,7 @@ plt.show()
 # Each line is one training. The modern model is ahead at every point, and ends about 0.3 lower; two
 # seeds differ by a tenth of that or less. The bold rate helps the old model only a little.
 #
-# Now be careful with this picture. It says that *this* model of some hundred thousand numbers, on
+# Now be careful with this picture. It says that *this* model of about 150,000 numbers, on
 # *this* text, is ahead after three hundred steps. It does not say
 #
 # - which of the ten ideas did it, or whether one of them does harm;
@@ -1173,8 +1184,8 @@ plt.show()
 # Left: more than half of all activations are zero, in every block and with both functions. That the
 # square makes more zeros cannot be said. Right: what is not zero is shared out far less evenly with
 # the square. In each block the largest hundredth carries more than twice as much of the sum. That
-# is what squaring does: a channel that is twice as active counts four times. Few channels speak
-# up, and they are heard.
+# is what squaring does: a channel that is twice as active counts four times. Few activations are
+# strong, and those are heard.
 #
 # ### What the sum is made of
 #
@@ -1224,46 +1235,54 @@ print(f"in the sum at the end: {left_over:.2f} of the embedding")
 # %% [markdown]
 # On the left the embedding (with its position) is short, and the first feed-forward network adds a
 # vector more than ten times as long. What is it for? If it is no more than a longer embedding, it
-# depends on the character alone, not on those before. So take its mean for each character: how much
-# of it is that mean?
+# depends on the character alone, not on those before. So take away what it adds everywhere, and
+# take the mean of the rest for each character: how much of what varies is that mean?
 
 
 # %%
 @torch.no_grad()
-def by_character(model: nn.Module, idx: Tensor) -> float:
-    """The share of the first feed-forward network's output that the character alone decides."""
+def by_character(model: nn.Module, idx: Tensor) -> tuple[float, float]:
+    """Of the first feed-forward network's output: the length of what is the same everywhere, and
+    the share of the rest that the character alone decides."""
     inputs = read_by(model, "feed_forward", idx)[0]  # (B, T, C)
     out = model.blocks[0].feed_forward(inputs).flatten(0, 1)  # (B*T, C)
-    out = out - out.mean(dim=0)  # what is the same for all characters decides nothing
+    same = out.mean(dim=0)  # (C)
+    out = out - same  # (B*T, C)
     sums = torch.zeros(V, out.shape[1]).index_add(0, idx.flatten(), out)  # (V, C)
     means = sums / idx.flatten().bincount(minlength=V).clamp(min=1)[:, None]  # (V, C)
-    return (means[idx.flatten()].square().sum() / out.square().sum()).item()
+    share = means[idx.flatten()].square().sum() / out.square().sum()
+    return same.norm().item(), share.item()
 
 
 # %%
 for name, each in (("old", gpt_like), ("modern", modern)):
-    print(f"{name:6} the character alone decides {by_character(each, idx):.0%} of feed-forward 1")
+    same, share = by_character(each, idx)
+    print(f"{name:6} the same everywhere: length {same:.1f}; ", end="")
+    print(f"of what varies, the character alone decides {share:.0%}")
 
 # %% [markdown]
-# In the old model most of it: the first network spends its work on a longer embedding. In the
-# modern one, whose embedding is long from the start, what came before has a larger say.
+# In the old model nearly all that varies follows from the character: to a good part it is a second,
+# longer embedding. In the modern one, whose embedding is long from the start, the character decides
+# less, and all that this network adds is short.
 #
 # The shares are a surprise: they are negative. Asked how much more of the embedding they want, the
-# blocks of this model say: less. Perhaps it is needed at the bottom, where characters look at each
-# other, and less at the top, where the next one is to be told. Another model, trained for longer,
-# may learn other shares; that it can choose is the idea.
+# blocks of this model say: less. In block 1 the sum is still the embedding alone, so a share of
+# -0.19 only makes it shorter, and whatever is added later weighs more. At the end half of it is
+# left. Why, one model does not tell. Another one, trained for longer, may learn other shares; that
+# it can choose is the idea.
 #
 # ### Was anything lost?
 #
 # The old model has means that LayerNorm takes away, and biases. Look at the one that is trained.
-# How much of its vectors' squared length is their mean? And what happens to its loss if all biases
-# of the linear layers are set to zero?
+# How much of its vectors' squared length is their mean, and how much in the modern one? And what
+# happens to the old one's loss if all biases of the linear layers are set to zero?
 
 # %%
-inputs = read_by(gpt_like, "feed_forward_norm", idx)  # n_layer times (B, T, C)
-for layer, x in enumerate(inputs, start=1):
-    in_the_mean = x.mean(dim=-1).square() / x.square().mean(dim=-1)  # (B, T)
-    print(f"block {layer}: the mean is {in_the_mean.mean():.1%} of the squared length")
+for name, each in (("old", gpt_like), ("modern", modern)):
+    inputs = read_by(each, "feed_forward_norm", idx)  # n_layer times (B, T, C)
+    shares = [x.mean(dim=-1).square() / x.square().mean(dim=-1) for x in inputs]  # (B, T) each
+    words = ", ".join(f"{share.mean():.1%}" for share in shares)
+    print(f"{name:6} the mean's share of the squared length, block by block: {words}")
 print(f"by chance, one direction of {tiny.n_embd}: {1 / tiny.n_embd:.1%}")
 
 bare = copy.deepcopy(gpt_like)
@@ -1274,15 +1293,17 @@ with_biases, set_to_zero = exact_loss(gpt_like, held), exact_loss(bare, held)
 print(f"loss with biases {with_biases:.3f}, set to zero {set_to_zero:.3f}")
 
 # %% [markdown]
-# The mean is a very small part, less than one direction gets by chance: to take it away is to take
-# next to nothing. The biases do something, but little: without them the loss rises by about a
-# hundredth, although this model was trained with them. What a model does that has been trained
-# without is another question; that takes a training of its own.
+# In the old model the mean is less than one direction gets by chance. No wonder: every layer that
+# reads the sum takes the mean away, so nothing teaches the model to write one. On such vectors
+# LayerNorm and RMSNorm do nearly the same. In the modern model, whose norms leave the mean in, it
+# is a direction like any other. The biases do something, but little: without them the loss rises by
+# 0.01, although this model was trained with them. What a model does that has been trained without
+# is another question; that takes a training of its own.
 #
 # ## Writing beyond the block
 #
-# Trained on blocks of 32, let the model predict texts four times as long, and take the mean loss at
-# each position. The old model has no such positions.
+# The model was trained on blocks of 32. Let it predict texts four times as long, and take the mean
+# loss at each position. The old model has no such positions.
 
 # %%
 windows = validation[: steps(100_000)].unfold(0, 4 * T + 1, 4 * T).long()  # (N, 4*T+1)
@@ -1329,7 +1350,10 @@ print(text.strip())
 # ## The script
 #
 # `modern_gpt.py` is all the classes above and this function. It differs from that of `gpt.py` in
-# one thing: there are two optimizers, each with a rate of its own, and one share for both. Ideas
+# three things. There are two optimizers, each with a rate of its own, and one share for both. The
+# schedule can be chosen. And clipping is spelt out: in float16 the gradients of one optimizer may
+# overflow, and to scale by a length that is no number would spoil those of the other one too. So it
+# counts as 0, nothing is clipped, and the scaler leaves out only the step that overflowed. Ideas
 # are left out by `--without`, such as `python modern_gpt.py --without rope muon`.
 
 
@@ -1370,39 +1394,44 @@ def main() -> None:
 # Fill in a cell, run it, then run the one below: it says whether the answer is right, or what is
 # off. A solution is folded under each.
 #
-# ### 1 · RMSNorm by hand
+# ### 1 · Scores that cannot run away
 #
-# Write the norm for `x` of any shape, channels last: `(…, C)`. You need no small number against a
-# division by zero.
+# For queries and keys, `(…, T, D)` both, return the scores of attention with normalised queries and
+# keys, `(…, T, T)`: a row for each query, without mask and without turning. You may use `RMSNorm`.
 
 
 # %% tags=["exercise"]
-def rms_norm(x: Tensor) -> Tensor: ...
+def bounded_scores(query: Tensor, key: Tensor) -> Tensor: ...
 
 
 # %% tags=["check"]
 @check
 def exercise_1() -> None:
-    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1)) * 5 + 2  # (B, T, C)
-    out = given(rms_norm(x))
-    assert out.shape == x.shape, f"the shape is {tuple(out.shape)}, not {tuple(x.shape)}"
-    lengths = out.norm(dim=-1)  # (B, T)
-    first = lengths[0, 0].item()
-    assert abs(first - 1) > 1e-3, "the length is 1, not √C = 4: take the mean square, not the sum"
-    assert torch.allclose(lengths, torch.full((2, 3), 4.0), atol=1e-3), (
-        f"the vectors have lengths such as {first:.2f}, not 4: over which dimension is the mean?"
+    query, key = torch.randn(2, 3, 6, 16, generator=torch.Generator().manual_seed(1))  # (H, T, D)
+    scores = given(bounded_scores(query, key))  # (H, T, T)
+    assert scores.shape == (3, 6, 6), f"the shape is {tuple(scores.shape)}, not (3, 6, 6)"
+    for name, each in (("queries", (9 * query, key)), ("keys", (query, 9 * key))):
+        longer = bounded_scores(*each)
+        assert torch.allclose(longer, scores, atol=1e-3), f"longer {name} change the scores"
+    itself = bounded_scores(query, query).diagonal(dim1=1, dim2=2)  # (H, T)
+    assert torch.allclose(itself, torch.full((3, 6), 4.0), atol=1e-3), (
+        f"a query that meets itself as a key scores {itself[0, 0]:.2f}, not √D = 4: both have the "
+        "length √D, and their product is divided by √D"
     )
-    assert out.mean(dim=-1).abs().max() > 0.05, "you take the mean away: that is LayerNorm"
-    assert torch.allclose(out, RMSNorm()(x), atol=1e-4), "the length is right, the direction is not"
+    first = F.cosine_similarity(query[0, 0], key[0, 1], dim=0) * 4
+    assert torch.isclose(scores[0, 0, 1], first, atol=1e-3), "a row must belong to a query"
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def rms_norm(x: Tensor) -> Tensor:
-#     return x / x.square().mean(dim=-1, keepdim=True).sqrt()
+# def bounded_scores(query: Tensor, key: Tensor) -> Tensor:
+#     norm = RMSNorm()
+#     return norm(query) @ norm(key).transpose(-2, -1) * query.shape[-1] ** -0.5
 # ```
+#
+# This is √D times the cosine of the angle between the two: never above √D.
 #
 # </details>
 #
@@ -1425,6 +1454,7 @@ def exercise_2() -> None:
     queries = given(turn(query.expand(12, 8), angles))  # (T, D)
     assert queries.shape == (12, 8), f"the shape is {tuple(queries.shape)}, not (12, 8)"
     assert torch.allclose(queries[0], query), "at angle 0 nothing may change"
+    assert not torch.allclose(queries, query.expand(12, 8)), "nothing turns"
     lengths = queries.norm(dim=-1)  # (T)
     assert torch.allclose(lengths, query.norm().expand(12), atol=1e-4), (
         f"lengths run from {lengths.min():.2f} to {lengths.max():.2f}, but turning keeps them all "
@@ -1458,8 +1488,8 @@ def exercise_2() -> None:
 # ### 3 · Look back
 #
 # Given a query and a distance, return the key that this query finds best at just that distance,
-# among all keys of the same length. `query` is `(D)`, and so is the key, both before they are
-# turned by their positions.
+# among all keys as long as the query. `query` is `(D)`, and so is the key, both before they are
+# turned by their positions. You may use `Rotary`.
 
 
 # %% tags=["exercise"]
@@ -1539,8 +1569,8 @@ def exercise_4() -> None:
 # ### 5 · What was saved
 #
 # How many parameters fewer does the model have with all ideas than without any? Go by pencil and
-# paper: the table of positions, the biases of three layers in a block, the scales and shifts of
-# all norms, and what is new.
+# paper: the table of positions, the biases of three linear layers in a block, the gains and biases
+# of all norms, and what is new.
 
 
 # %% tags=["exercise"]
@@ -1562,7 +1592,7 @@ def exercise_5() -> None:
         words = f"block_size {T}, n_embd {C}, n_layer {L}"
         assert off != T * C, f"{words}: the table of positions is missing"
         assert off != 6 * L * C, f"{words}: three layers in a block have biases, 6 * C together"
-        assert off != 2 * (2 * L + 1) * C, f"{words}: each norm has a scale and a shift"
+        assert off != 2 * (2 * L + 1) * C, f"{words}: each norm has a gain and a bias"
         assert off != 2 * C, f"{words}: there is one more norm, before the logits"
         assert off != -L, f"{words}: each block has a new parameter, the share"
         assert off == 0, f"{words}: {right} are saved, not {answer}"
