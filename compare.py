@@ -29,7 +29,9 @@ import torch
 
 try:
     import fcntl
-except ImportError:  # Windows has none
+except ImportError:  # on Windows
+    import msvcrt
+
     fcntl = None
 
 from common import Tokenizer, UserError, clear_errors, known_entropy, pick_device
@@ -102,13 +104,17 @@ def free_folder(terms: Terms, rung: Rung, seed: int) -> Path:
 
 def lock() -> IO[str]:
     """Only one comparison trains here at a time; its runs hold this too, should they outlive it."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    file = (RUNS / "lock").open("w", encoding="utf-8")
-    if fcntl is None:
-        return file
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        file = (RUNS / "lock").open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {RUNS / 'lock'}: {error.strerror}") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):  # so it is said on Linux, and on Windows
         raise UserError(
             f"another compare.py, or a run that it started, is at work in {RUNS.absolute()}: "
             "wait for its end, or stop it"
@@ -287,7 +293,7 @@ def main() -> None:
             + (f"add {shorter[1]} for those that are" if shorter else "leave out --no-train")
         )
     groups = found.by_rung(terms.ladder)
-    ideas = compare_ideas(groups) if options.modern else None
+    ideas = compare_ideas(groups, terms.ladder) if options.modern else None
     if options.modern and not ideas:
         nothing = UserError(
             "nothing to compare: modern_gpt.py with all ideas, and without one, must both be "
@@ -348,8 +354,7 @@ def write(
     results = results_of(groups)
     lines = lines_of(results)
     rows = table(lines, known_entropy(terms.corpus))
-    runs = [run for runs in groups.values() for run in runs]
-    remarks = notes(lines, runs)
+    remarks = notes(lines, groups)
     warning = terms.warning()
     width = shutil.get_terminal_size((160, 24)).columns
     print("\n" + as_text(rows, width))
@@ -375,7 +380,7 @@ def ideas_there(terms: Terms) -> Ideas | None:
     """What `--modern` has trained already, if that is enough to compare."""
     terms = replace(terms, ladder=EQUAL_STEPS)
     terms = with_equal_seconds(terms, find_runs(terms, RUNS))
-    return compare_ideas(find_runs(terms, RUNS).by_rung(terms.ladder))
+    return compare_ideas(find_runs(terms, RUNS).by_rung(terms.ladder), terms.ladder)
 
 
 def write_ideas(
@@ -390,7 +395,9 @@ def write_ideas(
         print(textwrap.fill(remark, width))
     files = {
         "modern.csv": results_csv(results_of(groups)),
-        "modern.md": "\n".join([as_markdown(rows), *remarks, terms.warning()]).encode("utf-8"),
+        "modern.md": "\n".join([as_markdown(rows), *remarks, terms.warning()]).encode(
+            "utf-8", errors="replace"
+        ),
         "modern.svg": idea_picture(lines, THEMES["light"], "svg"),
         "modern-dark.svg": idea_picture(lines, THEMES["dark"], "svg"),
         "modern.png": idea_picture(lines, THEMES["light"], "png"),

@@ -109,7 +109,7 @@ class Settings:
         self.config = saved_config(config_class, self.source)
 
     def resume_config(self, config_class: type) -> None:
-        """The saved run's config and seed; only the length of the training may change."""
+        """The saved run's config and seed; how long it takes may change, and how it computes."""
         if self.saved["stage"] != self.stage:
             raise UserError(f"the run in {self.folder} was made by {self.saved['stage']}.py")
         if getattr(self.options, "preset", None):

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
-from common import Corpus, Tokenizer, load_corpus
+from common import TINY_SHAKESPEARE_SHA256, Corpus, Tokenizer, load_corpus
 from sample import generate, store_by_columns
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +130,8 @@ def main() -> None:
         folder = Path(temporary)
         checkout = folder / "nanoGPT"
         corpus = load_corpus()
+        if corpus.sha256 != TINY_SHAKESPEARE_SHA256:
+            parser.error("nanoGPT's recipe is for Tiny Shakespeare, which is not in data/")
         copy_checkout(options.nanogpt, checkout, corpus)
         small = gpt.PRESETS["small"]
         same_small = [

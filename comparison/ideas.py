@@ -1,7 +1,8 @@
 """What each idea of modern_gpt.py buys: all of them against all but one."""
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from comparison.curves import Theme, written
 from comparison.runs import Found, Rung, Terms, TrainedRun
-from comparison.table import Estimate, Result, Table, gain, results_of
+from comparison.table import Estimate, Result, Table, conditions, results_of
 from modern_gpt import Idea
 
 IDEAS = get_args(Idea)
@@ -56,34 +57,36 @@ class IdeaLine:
     parameters: int
     time: float  # that as many steps take, as a share of that of all ideas
     after_steps: Estimate
-    after_seconds: Estimate
+    after_seconds: Estimate | None  # None: these runs are missing
     more_after_steps: Estimate | None = None  # than with all ideas
     more_after_seconds: Estimate | None = None
 
 
-def idea_lines(results: Iterable[Result]) -> list[IdeaLine]:
+def idea_lines(results: Iterable[Result], missing: Collection[str] = ()) -> list[IdeaLine]:
+    """`missing` are the ideas whose runs for equal seconds are still to be trained."""
     groups: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
         without, _, length = result.flags.removeprefix(ALL.flags).partition(" --max-iters")
         groups.setdefault((without.strip(), bool(length)), []).append(result)
     every = groups.get(("", False), [])
+    spread = common_spread(groups.values())
     lines = []
     for rung in EQUAL_STEPS if every else ():
         without = rung.flags.removeprefix(ALL.flags).strip()
         runs = groups.get((without, False))
         if not runs:
             continue
-        longer = groups.get((without, True), runs)
+        longer = groups.get((without, True), None if rung.new in missing else runs)
         line = IdeaLine(
             rung.new,
             runs[0].parameters,
             median_seconds(runs) / max(1e-9, median_seconds(every)),
             estimate(runs),
-            estimate(longer),
+            longer and estimate(longer),
         )
         if rung != ALL:
-            line.more_after_steps = gain(losses(runs), losses(every))
-            line.more_after_seconds = gain(losses(longer), losses(every))
+            line.more_after_steps = more(runs, every, spread)
+            line.more_after_seconds = longer and more(longer, every, spread)
         lines.append(line)
     return lines
 
@@ -95,11 +98,11 @@ class Ideas(NamedTuple):
     notes: list[str]
 
 
-def compare_ideas(groups: dict[Rung, list[TrainedRun]]) -> Ideas | None:
+def compare_ideas(groups: dict[Rung, list[TrainedRun]], ladder: tuple[Rung, ...]) -> Ideas | None:
     """Nothing where there are not even two models to compare."""
-    lines = idea_lines(results_of(groups))
-    runs = [run for runs in groups.values() for run in runs]
-    return Ideas(lines, idea_notes(lines, runs)) if len(lines) > 1 else None
+    missing = [rung.new for rung in ladder if rung not in groups]
+    lines = idea_lines(results_of(groups), missing)
+    return Ideas(lines, idea_notes(lines, groups)) if len(lines) > 1 else None
 
 
 def losses(runs: list[Result]) -> list[float]:
@@ -116,14 +119,29 @@ def estimate(runs: list[Result]) -> Estimate:
     return Estimate(statistics.mean(values), spread)
 
 
+def common_spread(groups: Iterable[list[Result]]) -> float | None:
+    """The standard deviation among seeds, from all groups: a single one is too small to tell it."""
+    groups = [losses(runs) for runs in groups if len(runs) > 1]
+    if not groups:
+        return None
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in groups)
+    return math.sqrt(squares / sum(len(values) - 1 for values in groups))
+
+
+def more(runs: list[Result], every: list[Result], spread: float | None) -> Estimate:
+    """How much higher the loss is than with all ideas, and the standard error of that."""
+    error = spread and spread * math.sqrt(1 / len(runs) + 1 / len(every))
+    return Estimate(estimate(runs).value - estimate(every).value, error)
+
+
 def idea_table(lines: list[IdeaLine]) -> Table:
     columns = {
         "left out": lambda line: line.left_out,
         "parameters": lambda line: f"{line.parameters:,}",
         "after equal steps": lambda line: line.after_steps,
         "more, equal steps": lambda line: signed(line.more_after_steps),
-        "time a step": lambda line: f"{line.time:.2f}",
-        "after equal seconds": lambda line: line.after_seconds,
+        "relative time": lambda line: f"{line.time:.2f}",
+        "after equal seconds": lambda line: line.after_seconds or "",
         "more, equal seconds": lambda line: signed(line.more_after_seconds),
     }
     return [list(columns)] + [[str(column(line)) for column in columns.values()] for line in lines]
@@ -133,44 +151,40 @@ def signed(more: Estimate | None) -> str:
     return "" if more is None else ("" if more.value < 0 else "+") + str(more)
 
 
-def idea_notes(lines: list[IdeaLine], runs: list[TrainedRun]) -> list[str]:
+def idea_notes(lines: list[IdeaLine], groups: dict[Rung, list[TrainedRun]]) -> list[str]:
     """What a reader must know of the table, and what it says."""
-    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
-    steps = max(run.rows[-1]["step"] for run in runs if not run.config["without"])
+    many = any(line.after_steps.uncertainty is not None for line in lines)
+    steps = groups[ALL][0].config["max_iters"]
     return [
-        f"{ALL.command}, trained on {runs[0].corpus} on {runs[0].device} with the seeds {seeds}: "
-        f"{steps} steps with all ideas, and without an idea as many, or for as many seconds (in "
-        f"{SHARES}ths of the steps). Validation loss at a run's best evaluation: mean "
-        "± standard deviation; more: ± the standard error of the difference, as of independent "
-        "runs.",
-        "Sizes and rates were chosen with all ideas in, and stay: an idea is worth here what it "
-        "adds to the others, and the model without all of them would do better with rates of its "
-        "own.",
+        conditions(groups),
+        f"{ALL.command} takes {steps:,} steps; without an idea as many, in the relative time that "
+        f"is given, or for as many seconds, counted in {SHARES}ths of the steps.",
+        "Validation loss at a run's best evaluation"
+        + ("; mean ± standard deviation. " if many else ". ")
+        + "More: than with all ideas"
+        + ("; ± its standard error, from the spread of all rows together." if many else "."),
+        "All rows are held against the same runs with all ideas. Sizes and rates were chosen for "
+        "those, and stay: an idea is worth here what it adds to the others, and the model without "
+        "all of them would do better with rates of its own.",
         *verdicts(lines),
     ]
 
 
 def verdicts(lines: list[IdeaLine]) -> list[str]:
-    """Which ideas bought something, which nothing, as far as several seeds can tell."""
-    names: dict[str, list[str]] = {
-        "Bought something": [],
-        "Bought nothing": [],
-        "Cost something": [],
-    }
+    """Which ideas bought something, as far as several seeds can tell."""
+    lowered, raised, nothing = [], [], []
     for line in lines:
         more = line.more_after_seconds
         if line.left_out in IDEAS and more and more.uncertainty is not None:
-            if abs(more.value) <= 2 * more.uncertainty:
-                names["Bought nothing"].append(line.left_out)
-            else:
-                kind = "Bought something" if more.value > 0 else "Cost something"
-                names[kind].append(line.left_out)
-    return [
-        f"{kind} at this size after equal seconds, as far as these seeds can tell (by two standard "
-        f"errors): {', '.join(ideas)}."
-        for kind, ideas in names.items()
-        if ideas
-    ]
+            sure = abs(more.value) > 2 * more.uncertainty
+            kind = nothing if not sure else lowered if more.value > 0 else raised
+            kind.append(line.left_out)
+    endings = {
+        "Lowered the loss after equal seconds, by two standard errors or more": lowered,
+        "Raised it": raised,
+        "Bought nothing at this size that these seeds can show": nothing,
+    }
+    return [f"{words}: {', '.join(ideas)}." for words, ideas in endings.items() if ideas]
 
 
 def idea_picture(lines: list[IdeaLine], theme: Theme, format: str) -> bytes:
@@ -189,32 +203,25 @@ def draw(panel: Axes, lines: list[IdeaLine], theme: Theme) -> None:
     }
     colour = theme.colour("gpt")
     for kind, (name, offset, inside) in kinds.items():
-        more = [getattr(line, name) for line in lines]
+        points = {i: value for i, line in enumerate(lines) if (value := getattr(line, name))}
         panel.errorbar(
-            [each.value for each in more],
-            [number + offset for number in range(len(lines))],
-            xerr=[2 * (each.uncertainty or 0) for each in more],
+            [value.value for value in points.values()],
+            [i + offset for i in points],
+            xerr=[2 * (value.uncertainty or 0) for value in points.values()],
             fmt="o",
             color=colour,
             markerfacecolor=inside,
             markersize=7,
             elinewidth=1.5,
+            label=f"after {kind}",
             gid=kind.replace(" ", "-"),
         )
-        first = max(range(len(lines)), key=lambda i: more[i].value)
-        panel.annotate(
-            kind,
-            (more[first].value, first + offset),
-            xytext=(0, 9 if offset > 0 else -9),
-            textcoords="offset points",
-            horizontalalignment="right",
-            verticalalignment="bottom" if offset < 0 else "top",
-            size=10,
-        )
+    panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     panel.axvline(0, color=theme.ink, linewidth=1)
     panel.set_yticks(range(len(lines)), [f"without {line.left_out}" for line in lines])
     panel.invert_yaxis()
-    panel.set_xlabel("more validation loss than with all ideas (nats per character)")
+    bars = "; bars: two standard errors" if lines[0].after_steps.uncertainty is not None else ""
+    panel.set_xlabel(f"more validation loss than with all ideas\n(nats per character{bars})")
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(length=0)
     panel.grid(axis="x", color=theme.faint, linewidth=0.6)

@@ -35,7 +35,8 @@ def report(
     prompt: str,
     options: argparse.Namespace,
 ) -> bytes:
-    stages = {line.rung.stage: line for line in lines if not line.rung.is_variant}
+    # Of several presets the smallest, which comes first.
+    stages = {line.rung.stage: line for line in reversed(lines) if not line.rung.is_variant}
     environment = Environment(
         loader=FileSystemLoader(HERE, encoding="utf-8"),
         autoescape=True,

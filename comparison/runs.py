@@ -171,7 +171,7 @@ class Terms:
         own = replace(self, max_iters=None)
         whole = [rung for rung in self.to_train() if "--max-iters" not in rung.flags]
         usual = {own.config(rung)["max_iters"] for rung in whole}
-        if not self.max_iters or self.max_iters >= min(usual):
+        if not self.max_iters or self.max_iters >= max(usual):
             return ""
         instead = " to ".join(map(str, sorted({min(usual), max(usual)})))
         return (
@@ -247,6 +247,8 @@ def find_runs(terms: Terms, own: Path) -> Found:
             key = terms.place(run), run.seed
             if key in found.finished:
                 raise LeftOut(f"the same run as {found.finished[key].folder}")
+            if terms.ladder != RUNGS and not folder.is_relative_to(own):
+                raise LeftOut(f"made outside {own}, so its seconds are not those of the others")
             if run.finished:
                 found.finished[key] = run
             elif folder.is_relative_to(own):

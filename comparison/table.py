@@ -89,6 +89,15 @@ class Line:
             statistics.stdev(self.losses) if len(self.losses) > 1 else None,
         )
 
+    @property
+    def leaps(self) -> bool:
+        """Whether the gain is not over the stage just before, of the same preset if it has one."""
+        if not self.before:
+            return False
+        presets = {each.flags for each in (self.rung, self.before) if "--preset" in each.flags}
+        distance = STAGES.index(self.rung.stage) - STAGES.index(self.before.stage)
+        return distance != 1 or len(presets) > 1
+
 
 def lines_of(results: Iterable[Result]) -> list[Line]:
     groups: dict[tuple[str, str], list[Result]] = {}
@@ -133,7 +142,7 @@ Table = list[list[str]]  # the headings, then a row for each line
 TEXT_COLUMNS = ("run", "what is new", "left out")  # the others are numbers
 DROPPED_FIRST = (
     *("what is new", "characters a second", "bits per character", "train loss", "parameters"),
-    "seconds to train",
+    *("seconds to train", "relative time", "after equal steps"),
 )
 
 
@@ -155,9 +164,10 @@ def table(lines: list[Line], entropy: float | None = None) -> Table:
     return [list(columns)] + [[str(column(line)) for column in columns.values()] for line in lines]
 
 
-def notes(lines: list[Line], runs: list[TrainedRun]) -> list[str]:
-    """What a reader must know of the table, a sentence or two at a time."""
-    seeds = {line.rung.name: ", ".join(map(str, line.seeds)) for line in lines}
+def conditions(groups: dict[Rung, list[TrainedRun]]) -> str:
+    """How the runs were made, and which of them lack a seed."""
+    runs = [run for runs in groups.values() for run in runs]
+    seeds = {rung.name: ", ".join(str(run.seed) for run in runs) for rung, runs in groups.items()}
     most = max(seeds.values(), key=list(seeds.values()).count)
     others = "".join(f"; {name}: {has}" for name, has in seeds.items() if has != most)
     word = "seeds" if "," in most else "seed"
@@ -165,22 +175,25 @@ def notes(lines: list[Line], runs: list[TrainedRun]) -> list[str]:
         ", ".join(sorted({getattr(run, name) for run in runs}))
         for name in ("torch", "number_format")
     )
-    many = any(line.loss.uncertainty for line in lines)
-    jumps = [
-        f"; that of {line.rung.stage} over {line.before.stage}"
-        for line in lines
-        if line.before and STAGES.index(line.before.stage) != STAGES.index(line.rung.stage) - 1
-    ]
-    return [
+    return (
         f"Trained on {runs[0].corpus} by PyTorch {pytorch} on {runs[0].device}, in {formats}; "
-        f"{word} {most}{others}.",
+        f"{word} {most}{others}."
+    )
+
+
+def notes(lines: list[Line], groups: dict[Rung, list[TrainedRun]]) -> list[str]:
+    """What a reader must know of the table, a sentence or two at a time."""
+    many = any(line.loss.uncertainty for line in lines)
+    jumps = [f"; that of {line.rung.name} over {line.before.name}" for line in lines if line.leaps]
+    return [
+        conditions(groups),
         "Validation loss: nats per character over the whole validation text, at a run's best "
         f"evaluation{'; mean ± standard deviation over the seeds' if many else ''}. Train loss: "
         "over the batches before it.",
         f"Gain: over the stage before, for variants too{''.join(dict.fromkeys(jumps))}"
         f"{'; ± the standard error of the difference, as of independent runs' if many else ''}.",
-        "Seconds: evaluations included, start-up not; of what compare.py trains on a processor, "
-        "each run has its share of the cores.",
+        "Seconds: evaluations included, start-up not; of what compare.py trains, each run has its "
+        "share of the cores, and on a graphics card small stages share that.",
     ]
 
 

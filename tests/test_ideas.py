@@ -1,5 +1,6 @@
 """compare.py --modern: what modern_gpt.py is without each of its ideas."""
 
+import itertools
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ from comparison.ideas import (
     idea_table,
 )
 from comparison.runs import RUNGS, Found, Rung, Terms, TrainedRun, read_run
-from comparison.table import Result, read_results
+from comparison.table import Result, as_text, read_results
 
 FLAGS = ["--data", "text.txt", "--device", "cpu", "--max-iters", 1, "--sample-length", 20]
 NAME = "modern_gpt-preset-small"
@@ -100,6 +101,50 @@ def test_the_ladder_has_them_in_its_report_and_not_in_its_table(trained_ideas: P
         assert f"<code>{idea}</code>" in section
 
 
+def test_what_is_faster_is_trained_for_longer(trained_ideas: Path, tmp_path: Path):
+    """The runs for equal seconds: made, found again, and missed where they are not there."""
+    folder = tmp_path / "copy"
+    shutil.copytree(trained_ideas, folder)
+    out = folder / "runs" / "compare" / "text"
+    flags = ["--modern", "--seeds", 1, "--max-iters", 10]
+    for path in sorted(out.glob(f"{NAME}-*")):  # as if each had taken ten steps, and ten seconds
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        settings["config"] |= {"max_iters": 10, "eval_interval": 1}
+        (path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        head, *_ = (path / "losses.csv").read_text(encoding="utf-8").splitlines()
+        seconds = 8 if path.name.endswith("-muon") else 10
+        rows = (f"{step},4,{4 - step / 10},0.003,1,{seconds * step / 10}" for step in range(11))
+        (path / "losses.csv").write_text("\n".join([head, *rows, ""]), encoding="utf-8")
+    output, errors, code = call(folder, *flags)
+    assert (code, errors) == (0, "")
+    assert "runs on text: 0 to train, 12 there already" in output
+    assert "runs on text: 1 to train, 12 there already" in output
+    (longer,) = out.glob(f"{NAME}-without-muon-max-iters-12-*")
+    assert read_run(longer).config["max_iters"] == 12
+    output, errors, code = call(folder, *flags)
+    assert (code, errors) == (0, "")
+    assert "runs on text: 0 to train, 13 there already" in output
+    (result,) = (each for each in read_results(out / "modern.csv") if "12" in each.flags)
+    assert result.val_loss == read_run(longer).best["val_loss"]
+    assert f"{result.val_loss:.3f}" in output
+    shutil.rmtree(longer)
+    output, errors, code = call(folder, *flags, "--no-train")
+    assert (code, errors) == (0, "")
+    assert "not there: modern_gpt --preset small --without muon --max-iters 12" in output
+    (row,) = (line for line in output.splitlines() if line.startswith("muon "))
+    assert row.split()[-1] == "0.80"  # and then nothing: no column of equal seconds has a number
+
+
+def test_a_run_made_by_hand_has_other_seconds(trained_ideas: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained_ideas, folder)
+    out = folder / "runs" / "compare" / "text"
+    (out / f"{NAME}-1-steps-seed-1").rename(folder / "runs" / "modern_gpt")
+    output, errors, code = call(folder, "--modern", "--no-train")
+    assert code == 2
+    assert "left out: runs/modern_gpt: made outside" in output.replace("\\", "/")
+
+
 def test_without_a_run_of_all_ideas_there_is_nothing_to_compare(
     trained_ideas: Path, tmp_path: Path
 ):
@@ -151,26 +196,38 @@ def result(flags: str, seed: int, loss: float, seconds: float) -> Result:
 
 
 def test_what_an_idea_buys_is_counted_by_hand():
-    lines = idea_lines(
-        [
-            result("", 1, 1.5, 100),
-            result("", 2, 1.7, 110),
-            result("--without rope", 1, 1.8, 80),
-            result("--without rope", 2, 1.8, 90),
-            result("--without rope --max-iters 875 --eval-interval 218", 1, 1.7, 100),
-            result("--without muon", 1, 1.4, 100),
-            result("--without muon", 2, 1.6, 120),
-        ]
-    )
+    results = [
+        result("", 1, 1.5, 100),
+        result("", 2, 1.7, 110),
+        result("--without rope", 1, 1.8, 80),
+        result("--without rope", 2, 1.8, 90),
+        result("--without rope --max-iters 875 --eval-interval 218", 1, 1.7, 100),
+        result("--without muon", 1, 1.4, 100),
+        result("--without muon", 2, 1.6, 120),
+    ]
+    lines = idea_lines(results)
     assert [line.left_out for line in lines] == ["nothing", "rope", "muon"]
     rows = idea_table(lines)[1:]
     assert rows[0][2:] == ["1.600 ± 0.141", "", "1.00", "1.600 ± 0.141", ""]
-    assert rows[1][2:] == ["1.800 ± 0.000", "+0.200 ± 0.100", "0.81", "1.700", "+0.100"]
+    # The variances of the three pairs of runs are 0.02, 0 and 0.02; their mean's root is 0.115.
+    assert rows[1][2:] == ["1.800 ± 0.000", "+0.200 ± 0.115", "0.81", "1.700", "+0.100 ± 0.141"]
     # Where equal seconds are as many steps, the same runs count for both.
-    assert rows[2][2:4] == rows[2][5:7] == ["1.500 ± 0.141", "-0.100 ± 0.141"]
+    assert rows[2][2:4] == rows[2][5:7] == ["1.500 ± 0.141", "-0.100 ± 0.115"]
     assert rows[2][4] == "1.05"
-    for theme in THEMES.values():
-        assert idea_picture(lines, theme, "svg").startswith(b"<?xml")
+    # Where they are not, and their runs are missing, nothing is said of equal seconds.
+    some = idea_lines([each for each in results if "875" not in each.flags], ["rope"])
+    assert idea_table(some)[2][2:] == ["1.800 ± 0.000", "+0.200 ± 0.115", "0.81", "", ""]
+    for each, theme in itertools.product((lines, some), THEMES.values()):
+        assert idea_picture(each, theme, "svg").startswith(b"<?xml")
+
+
+def test_the_table_fits_a_terminal():
+    flags = ["", *(f"--without {idea}" for idea in IDEAS)]
+    lines = idea_lines(result(each, seed, 1.5, 100) for each in flags for seed in (1, 2, 3))
+    for width in (70, 80, 100, 200):
+        text = as_text(idea_table(lines), width)
+        assert max(map(len, text.splitlines())) <= width
+        assert ("relative" in text) == (width >= 100)
 
 
 def test_the_verdict_names_what_bought_nothing(trained_ideas: Path):
@@ -185,11 +242,10 @@ def test_the_verdict_names_what_bought_nothing(trained_ideas: Path):
         }.items()
         for seed in (1, 2, 3)
     )
-    runs = list(found_with({ALL: 1}, trained_ideas).finished.values())
-    notes = "\n".join(idea_notes(lines, runs))
-    assert re.search(r"Bought something.*: rope\.", notes)
+    notes = "\n".join(idea_notes(lines, found_with({ALL: 1}, trained_ideas).by_rung(EQUAL_STEPS)))
+    assert re.search(r"Lowered the loss.*: rope\.", notes)
     assert re.search(r"Bought nothing.*: muon\.", notes)
-    assert re.search(r"Cost something.*: qk-norm\.", notes)
+    assert re.search(r"Raised it: qk-norm\.", notes)
 
 
 def test_the_rows_of_the_ladder_are_of_the_same_preset():
