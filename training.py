@@ -3,6 +3,7 @@
 A stage's `main` makes a `Run`, iterates over its batches and does the learning itself.
 """
 
+import copy
 import io
 import itertools
 import json
@@ -246,7 +247,24 @@ class Run(Settings):
                     _, loss = network(idx, targets)
                 loss.backward()
             machine.wait_for(self.device)
-            return (time.perf_counter() - began) * self.portion_count
+            passes = time.perf_counter() - began
+            return passes * self.portion_count + self.rehearse_optimizers()
+
+    def rehearse_optimizers(self) -> float:
+        """Seconds for a step of theirs, by gradients and rates of zero; then they forget it."""
+        states = [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=False)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+        began = time.perf_counter()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        machine.wait_for(self.device)
+        seconds = time.perf_counter() - began
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        return seconds
 
     def count_operations(self, model: nn.Module) -> float:
         """Floating-point operations of a step's matrix products, counted on one row."""
