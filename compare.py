@@ -46,6 +46,7 @@ from comparison.ideas import (
 )
 from comparison.report import first_line, report
 from comparison.runs import RUNGS, STAGES, Found, Rung, Terms, TrainedRun, find_runs, read_run
+from comparison.step_times import measure_step_times, read_step_times, save_step_times
 from comparison.table import as_markdown, as_text, lines_of, notes, results_csv, results_of, table
 from flags import COUNT, Parser, add_device_flag, add_sampling_flags
 from prepare import open_text
@@ -55,6 +56,7 @@ from training import duration
 
 ROOT = Path(__file__).resolve().parent
 RUNS = Path("runs", "compare")  # where the runs go that are trained here
+STEP_TIMES = RUNS / "step_times.json"
 MOST_AT_ONCE = 4  # each has a PyTorch of its own in memory
 LARGE = ("gpt", "modern_gpt")  # these keep a graphics card busy by themselves
 
@@ -125,16 +127,15 @@ def lock() -> IO[str]:
 def train(jobs: list[Job], locked: int) -> list[str]:
     """Do them all, side by side on equal shares of the cores; return the names that failed."""
     cores = torch.get_num_threads()
-    at_once = min(MOST_AT_ONCE, cores)
     waiting, running, failed, done = list(jobs), {}, [], 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         while waiting or running:
-            while waiting and len(running) < (1 if waiting[0].alone else at_once):
+            while waiting and len(running) < (1 if waiting[0].alone else at_once()):
                 job = waiting.pop(0)
                 if job.alone:
                     print(f"now {job.name}", flush=True)
-                running[job] = start(job, cores if job.alone else cores // at_once, locked)
+                running[job] = start(job, cores if job.alone else cores // at_once(), locked)
             time.sleep(0.05)
             for job, (process, errors) in list(running.items()):
                 if process.poll() is None:
@@ -156,6 +157,11 @@ def train(jobs: list[Job], locked: int) -> list[str]:
         stop([process for process, _ in running.values()])
         signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def at_once() -> int:
+    """How many runs are trained side by side."""
+    return min(MOST_AT_ONCE, torch.get_num_threads())
 
 
 def start(job: Job, threads: int, locked: int) -> tuple[subprocess.Popen, IO[bytes]]:
@@ -267,12 +273,13 @@ def main() -> None:
     if not options.no_train:
         make_folder(out)  # where it cannot be made, better now than at the end
 
+    step_times = {}
+    if options.modern:
+        step_times = read_step_times(STEP_TIMES, terms)
+        if not step_times and not options.no_train:
+            step_times = step_times_of(terms)
+        terms = replace(terms, ladder=EQUAL_STEPS + equal_seconds(step_times, terms))
     found, failed = find_runs(terms, RUNS), []
-    if options.modern:  # how many steps are equal seconds, only finished runs can tell
-        if not options.no_train:
-            found, failed = train_missing(terms, found)
-        terms = with_equal_seconds(terms, found)
-        found = find_runs(terms, RUNS)
     say_left_out(found.left_out)
     if options.no_train:
         say_left_out([f"{run.folder}: unfinished" for run in found.unfinished.values()])
@@ -280,7 +287,7 @@ def main() -> None:
         lacking = [rung.name for rung in terms.to_train() if rung not in there]
         if there and lacking:
             print(f"not there: {', '.join(lacking)}")
-    elif not failed:
+    else:
         found, failed = train_missing(terms, found)
     not_trained = UserError(f"not trained: {'; '.join(failed)} (the lines marked FAILED say why)")
     if failed and not found.finished:
@@ -293,7 +300,7 @@ def main() -> None:
             + (f"add {shorter[1]} for those that are" if shorter else "leave out --no-train")
         )
     groups = found.by_rung(terms.ladder)
-    ideas = compare_ideas(groups, terms.ladder) if options.modern else None
+    ideas = compare_ideas(groups, step_times) if options.modern else None
     if options.modern and not ideas:
         nothing = UserError(
             "nothing to compare: modern_gpt.py with all ideas, and without one, must both be "
@@ -303,14 +310,21 @@ def main() -> None:
     make_folder(out)
     if ideas:
         write_ideas(groups, ideas, terms, out)
+        if step_times:
+            save_step_times(out / STEP_TIMES.name, step_times, terms)
     else:
         write(groups, terms, prompt, options, out)
     if failed:
         raise not_trained
 
 
-def with_equal_seconds(terms: Terms, found: Found) -> Terms:
-    return replace(terms, ladder=EQUAL_STEPS + equal_seconds(found, terms))
+def step_times_of(terms: Terms) -> dict[str, float]:
+    """Measure them once, under the conditions of the runs; what fits equal seconds stays then."""
+    print("measuring the time of a step without each idea", flush=True)
+    with lock():
+        step_times = measure_step_times(EQUAL_STEPS, terms, torch.get_num_threads() // at_once())
+        save_step_times(STEP_TIMES, step_times, terms)
+    return step_times
 
 
 def train_missing(terms: Terms, found: Found) -> tuple[Found, list[str]]:
@@ -378,9 +392,10 @@ def write(
 
 def ideas_there(terms: Terms) -> Ideas | None:
     """What `--modern` has trained already, if that is enough to compare."""
+    step_times = read_step_times(STEP_TIMES, terms)
     terms = replace(terms, ladder=EQUAL_STEPS)
-    terms = with_equal_seconds(terms, find_runs(terms, RUNS))
-    return compare_ideas(find_runs(terms, RUNS).by_rung(terms.ladder), terms.ladder)
+    terms = replace(terms, ladder=EQUAL_STEPS + equal_seconds(step_times, terms))
+    return compare_ideas(find_runs(terms, RUNS).by_rung(terms.ladder), step_times)
 
 
 def write_ideas(

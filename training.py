@@ -204,7 +204,7 @@ class Run(Settings):
             adopt_weights(self.model, self.source, self.tokenizer.vocabulary)
             self.say(f"starts from the weights of {self.options.init_from}")
         self.rehearse(self.network)  # warms up
-        seconds_a_step = self.rehearse(self.network)
+        seconds_a_step = self.rehearse(self.network) + self.rehearse_optimizers()
         if self.preset:
             in_all = duration(seconds_a_step * self.config.max_iters)
             self.say(f"{self.preset}: about {in_all}, and the evaluations")
@@ -236,7 +236,7 @@ class Run(Settings):
         self.marked_at = time.perf_counter()
 
     def rehearse(self, network: nn.Module) -> float:
-        """Seconds for a step, from one portion that leaves no trace.
+        """Seconds for a step's passes, from one portion that leaves no trace.
 
         If memory is too short for it, this fails before any file has been touched.
         """
@@ -247,21 +247,22 @@ class Run(Settings):
                     _, loss = network(idx, targets)
                 loss.backward()
             machine.wait_for(self.device)
-            passes = time.perf_counter() - began
-            return passes * self.portion_count + self.rehearse_optimizers()
+            return (time.perf_counter() - began) * self.portion_count
 
     def rehearse_optimizers(self) -> float:
-        """Seconds for a step of theirs, by gradients and rates of zero; then they forget it."""
+        """Seconds for a step of theirs, with gradients and rates of zero; they forget it again."""
         states = [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers]
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=False)
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-        began = time.perf_counter()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        machine.wait_for(self.device)
-        seconds = time.perf_counter() - began
+        with self.without_trace():
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.0
+            began = time.perf_counter()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            machine.wait_for(self.device)
+            seconds = time.perf_counter() - began
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
         return seconds

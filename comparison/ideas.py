@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from comparison.curves import Theme, written
-from comparison.runs import Found, Rung, Terms, TrainedRun
+from comparison.runs import Rung, Terms, TrainedRun
 from comparison.table import Estimate, Result, Table, conditions, results_of
 from modern_gpt import Idea
 
@@ -22,24 +22,18 @@ EQUAL_STEPS = (
     *(Rung(ALL.stage, f"{ALL.flags} --without {idea}", idea) for idea in IDEAS),
     Rung(ALL.stage, f"{ALL.flags} --without all", "all: gpt.py's model"),
 )
-SHARES = 10  # steps are counted in tenths: so a run fits again although no two last alike
+SHARES = 10  # steps are counted in tenths: smaller differences in time are hardly to be measured
 
 
-def equal_seconds(found: Found, terms: Terms) -> tuple[Rung, ...]:
+def equal_seconds(step_times: dict[str, float], terms: Terms) -> tuple[Rung, ...]:
     """What goes without an idea for as long, not for as many steps, as all ideas take.
 
     Where that is the same number of steps, the same run serves.
     """
-    seconds = {
-        rung: statistics.median(run.rows[-1]["seconds"] for run in runs)
-        for rung, runs in found.by_rung(EQUAL_STEPS).items()
-    }
     usual = terms.config(ALL)
     rungs = []
-    for rung in EQUAL_STEPS:
-        if rung not in seconds or ALL not in seconds:
-            continue
-        share = round(SHARES * seconds[ALL] / max(1e-9, seconds[rung]))
+    for rung in EQUAL_STEPS if step_times else ():
+        share = shares(step_times, rung.new)
         steps, interval = (
             max(1, usual[name] * share // SHARES) for name in ("max_iters", "eval_interval")
         )
@@ -49,21 +43,25 @@ def equal_seconds(found: Found, terms: Terms) -> tuple[Rung, ...]:
     return tuple(rungs)
 
 
+def shares(step_times: dict[str, float], left_out: str) -> int:
+    """How many tenths of the usual steps fit into the usual time without an idea."""
+    return round(SHARES * step_times[ALL.new] / step_times[left_out])
+
+
 @dataclass
 class IdeaLine:
     """A model that lacks an idea, after equal steps and after equal seconds."""
 
     left_out: str
     parameters: int
-    time: float  # that as many steps take, as a share of that of all ideas
+    time: float | None  # of a step, as a share of that with all ideas; None: not measured
     after_steps: Estimate
     after_seconds: Estimate | None  # None: these runs are missing
     more_after_steps: Estimate | None = None  # than with all ideas
     more_after_seconds: Estimate | None = None
 
 
-def idea_lines(results: Iterable[Result], missing: Collection[str] = ()) -> list[IdeaLine]:
-    """`missing` are the ideas whose runs for equal seconds are still to be trained."""
+def idea_lines(results: Iterable[Result], step_times: dict[str, float]) -> list[IdeaLine]:
     groups: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
         without, _, length = result.flags.removeprefix(ALL.flags).partition(" --max-iters")
@@ -76,11 +74,12 @@ def idea_lines(results: Iterable[Result], missing: Collection[str] = ()) -> list
         runs = groups.get((without, False))
         if not runs:
             continue
-        longer = groups.get((without, True), None if rung.new in missing else runs)
+        as_many = step_times and shares(step_times, rung.new) == SHARES
+        longer = runs if as_many else groups.get((without, True))
         line = IdeaLine(
             rung.new,
             runs[0].parameters,
-            median_seconds(runs) / max(1e-9, median_seconds(every)),
+            step_times[rung.new] / step_times[ALL.new] if step_times else None,
             estimate(runs),
             longer and estimate(longer),
         )
@@ -98,19 +97,16 @@ class Ideas(NamedTuple):
     notes: list[str]
 
 
-def compare_ideas(groups: dict[Rung, list[TrainedRun]], ladder: tuple[Rung, ...]) -> Ideas | None:
+def compare_ideas(
+    groups: dict[Rung, list[TrainedRun]], step_times: dict[str, float]
+) -> Ideas | None:
     """Nothing where there are not even two models to compare."""
-    missing = [rung.new for rung in ladder if rung not in groups]
-    lines = idea_lines(results_of(groups), missing)
+    lines = idea_lines(results_of(groups), step_times)
     return Ideas(lines, idea_notes(lines, groups)) if len(lines) > 1 else None
 
 
 def losses(runs: list[Result]) -> list[float]:
     return [run.val_loss for run in runs]
-
-
-def median_seconds(runs: list[Result]) -> float:
-    return statistics.median(run.seconds for run in runs)
 
 
 def estimate(runs: list[Result]) -> Estimate:
@@ -140,7 +136,7 @@ def idea_table(lines: list[IdeaLine]) -> Table:
         "parameters": lambda line: f"{line.parameters:,}",
         "after equal steps": lambda line: line.after_steps,
         "more, equal steps": lambda line: signed(line.more_after_steps),
-        "relative time": lambda line: f"{line.time:.2f}",
+        "relative time": lambda line: f"{line.time:.2f}" if line.time else "",
         "after equal seconds": lambda line: line.after_seconds or "",
         "more, equal seconds": lambda line: signed(line.more_after_seconds),
     }
@@ -157,8 +153,9 @@ def idea_notes(lines: list[IdeaLine], groups: dict[Rung, list[TrainedRun]]) -> l
     steps = groups[ALL][0].config["max_iters"]
     return [
         conditions(groups),
-        f"{ALL.command} takes {steps:,} steps; without an idea as many, in the relative time that "
-        f"is given, or for as many seconds, counted in {SHARES}ths of the steps.",
+        f"{ALL.command} takes {steps:,} steps; without an idea it takes as many, or goes on for as "
+        f"many seconds, counted in {SHARES}ths of the steps. Relative time: of a step, all of them "
+        "measured in turns.",
         "Validation loss at a run's best evaluation"
         + ("; mean ± standard deviation. " if many else ". ")
         + "More: than with all ideas"

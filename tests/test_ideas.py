@@ -9,9 +9,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from conftest import files, start
 
+import compare
 from common import load_corpus
+from comparison import step_times
 from comparison.curves import THEMES
 from comparison.ideas import (
     ALL,
@@ -23,17 +26,26 @@ from comparison.ideas import (
     idea_picture,
     idea_table,
 )
-from comparison.runs import RUNGS, Found, Rung, Terms, TrainedRun, read_run
+from comparison.runs import RUNGS, Terms, read_run
 from comparison.table import Result, as_text, read_results
 
 FLAGS = ["--data", "text.txt", "--device", "cpu", "--max-iters", 1, "--sample-length", 20]
 NAME = "modern_gpt-preset-small"
-WRITTEN = {"modern.csv", "modern.md", "modern.svg", "modern-dark.svg", "modern.png"}
+WRITTEN = {
+    *("modern.csv", "modern.md", "modern.svg", "modern-dark.svg", "modern.png"),
+    "step_times.json",
+}
+ALIKE = {rung.new: 1.0 for rung in EQUAL_STEPS}  # as if no idea took any time
 
 
 def call(folder: Path, *flags: object) -> tuple[str, str, int]:
     process = start("compare", *FLAGS, *flags, cwd=folder, threads=1)
     return *process.communicate(), process.returncode
+
+
+def write_step_times(folder: Path, seconds: dict[str, float]) -> None:
+    terms = Terms(load_corpus(folder / "text.txt"), "cpu")
+    step_times.save_step_times(folder / compare.STEP_TIMES, seconds, terms)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +55,7 @@ def trained_ideas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (f"{i}: {i * 7 % 13} of {i * 5 % 11}\n" for i in range(300))
     (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
     assert call(folder, "--stages", "modern_gpt", "--seeds", 1)[1:] == ("", 0)
+    write_step_times(folder, ALIKE)
     with_all = folder / "runs" / "compare" / "text" / f"{NAME}-1-steps-seed-1"
     settings = json.loads((with_all / "config.json").read_text(encoding="utf-8"))
     for idea in IDEAS[1:]:  # as if trained, with the same losses; the others are trained
@@ -112,12 +125,11 @@ def test_what_is_faster_is_trained_for_longer(trained_ideas: Path, tmp_path: Pat
         settings["config"] |= {"max_iters": 10, "eval_interval": 1}
         (path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         head, *_ = (path / "losses.csv").read_text(encoding="utf-8").splitlines()
-        seconds = 8 if path.name.endswith("-muon") else 10
-        rows = (f"{step},4,{4 - step / 10},0.003,1,{seconds * step / 10}" for step in range(11))
+        rows = (f"{step},4,{4 - step / 10},0.003,1,{step}" for step in range(11))
         (path / "losses.csv").write_text("\n".join([head, *rows, ""]), encoding="utf-8")
+    write_step_times(folder, ALIKE | {"muon": 0.8})
     output, errors, code = call(folder, *flags)
     assert (code, errors) == (0, "")
-    assert "runs on text: 0 to train, 12 there already" in output
     assert "runs on text: 1 to train, 12 there already" in output
     (longer,) = out.glob(f"{NAME}-without-muon-max-iters-12-*")
     assert read_run(longer).config["max_iters"] == 12
@@ -133,16 +145,6 @@ def test_what_is_faster_is_trained_for_longer(trained_ideas: Path, tmp_path: Pat
     assert "not there: modern_gpt --preset small --without muon --max-iters 12" in output
     (row,) = (line for line in output.splitlines() if line.startswith("muon "))
     assert row.split()[-1] == "0.80"  # and then nothing: no column of equal seconds has a number
-
-
-def test_a_run_made_by_hand_has_other_seconds(trained_ideas: Path, tmp_path: Path):
-    folder = tmp_path / "copy"
-    shutil.copytree(trained_ideas, folder)
-    out = folder / "runs" / "compare" / "text"
-    (out / f"{NAME}-1-steps-seed-1").rename(folder / "runs" / "modern_gpt")
-    output, errors, code = call(folder, "--modern", "--no-train")
-    assert code == 2
-    assert "left out: runs/modern_gpt: made outside" in output.replace("\\", "/")
 
 
 def test_without_a_run_of_all_ideas_there_is_nothing_to_compare(
@@ -165,30 +167,42 @@ def test_the_ideas_are_of_one_stage(trained_ideas: Path):
     assert errors == "compare.py: --modern compares modern_gpt.py with itself: leave out --stages\n"
 
 
-def found_with(seconds: dict[Rung, float], folder: Path) -> Found:
-    """Runs that took so long."""
-    some = next((folder / "runs" / "compare" / "text").glob(f"{NAME}-1-*"))
-    run: TrainedRun = read_run(some)
-    return Found(
-        {
-            (rung, 1): replace(run, rows=[*run.rows[:-1], run.rows[-1] | {"seconds": value}])
-            for rung, value in seconds.items()
-        }
-    )
-
-
 def test_equal_seconds_are_more_steps_for_what_is_faster(trained_ideas: Path):
-    same, faster, slower, little = EQUAL_STEPS[1:5]
-    found = found_with({ALL: 100, same: 100, faster: 83, slower: 125, little: 98}, trained_ideas)
+    same, faster, slower, little = (rung.new for rung in EQUAL_STEPS[1:5])
     terms = Terms(load_corpus(trained_ideas / "text.txt"), "cpu", ladder=EQUAL_STEPS)
     usual = terms.config(ALL)
-    rungs = equal_seconds(found, terms)
-    assert [rung.new for rung in rungs] == [faster.new, slower.new]
+    rungs = equal_seconds(ALIKE | {faster: 0.83, slower: 1.25, little: 0.98}, terms)
+    assert [rung.new for rung in rungs] == [faster, slower]
     longer, shorter = (terms.config(rung) for rung in rungs)
     assert longer["max_iters"] == usual["max_iters"] * 12 // 10
     assert shorter["max_iters"] == usual["max_iters"] * 8 // 10
-    assert longer["without"] == (faster.new,)
-    assert equal_seconds(found_with({same: 5}, trained_ideas), terms) == ()
+    assert longer["without"] == (faster,)
+    assert equal_seconds({}, terms) == ()
+
+
+def test_the_time_of_a_step_is_measured_once(
+    trained_ideas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(step_times, "ROUNDS", 2)
+    monkeypatch.chdir(tmp_path)
+    terms = Terms(load_corpus(trained_ideas / "text.txt"), "cpu", ladder=EQUAL_STEPS)
+    threads = torch.get_num_threads()
+    measured = compare.step_times_of(terms)
+    assert torch.get_num_threads() == threads
+    assert measured.keys() == ALIKE.keys()
+    assert min(measured.values()) > 0.001
+    path = tmp_path / compare.STEP_TIMES
+    assert step_times.read_step_times(path, terms) == measured
+    assert step_times.read_step_times(path, replace(terms, device="cuda")) == {}
+    text = path.read_text(encoding="utf-8")
+    for other in (
+        text[:50],
+        "[]",
+        text.replace('"seconds"', '"minutes"'),
+        re.sub("[0-9]", "7", text),
+    ):
+        path.write_text(other, encoding="utf-8")
+        assert step_times.read_step_times(path, terms) == {}
 
 
 def result(flags: str, seed: int, loss: float, seconds: float) -> Result:
@@ -205,7 +219,7 @@ def test_what_an_idea_buys_is_counted_by_hand():
         result("--without muon", 1, 1.4, 100),
         result("--without muon", 2, 1.6, 120),
     ]
-    lines = idea_lines(results)
+    lines = idea_lines(results, ALIKE | {"rope": 0.81, "muon": 1.04})
     assert [line.left_out for line in lines] == ["nothing", "rope", "muon"]
     rows = idea_table(lines)[1:]
     assert rows[0][2:] == ["1.600 ± 0.141", "", "1.00", "1.600 ± 0.141", ""]
@@ -213,17 +227,21 @@ def test_what_an_idea_buys_is_counted_by_hand():
     assert rows[1][2:] == ["1.800 ± 0.000", "+0.200 ± 0.115", "0.81", "1.700", "+0.100 ± 0.141"]
     # Where equal seconds are as many steps, the same runs count for both.
     assert rows[2][2:4] == rows[2][5:7] == ["1.500 ± 0.141", "-0.100 ± 0.115"]
-    assert rows[2][4] == "1.05"
+    assert rows[2][4] == "1.04"
     # Where they are not, and their runs are missing, nothing is said of equal seconds.
-    some = idea_lines([each for each in results if "875" not in each.flags], ["rope"])
+    results = [each for each in results if "875" not in each.flags]
+    some = idea_lines(results, ALIKE | {"rope": 0.81})
     assert idea_table(some)[2][2:] == ["1.800 ± 0.000", "+0.200 ± 0.115", "0.81", "", ""]
+    unknown = idea_lines(results, {})
+    assert idea_table(unknown)[2][2:] == ["1.800 ± 0.000", "+0.200 ± 0.115", "", "", ""]
     for each, theme in itertools.product((lines, some), THEMES.values()):
         assert idea_picture(each, theme, "svg").startswith(b"<?xml")
 
 
 def test_the_table_fits_a_terminal():
     flags = ["", *(f"--without {idea}" for idea in IDEAS)]
-    lines = idea_lines(result(each, seed, 1.5, 100) for each in flags for seed in (1, 2, 3))
+    results = [result(each, seed, 1.5, 100) for each in flags for seed in (1, 2, 3)]
+    lines = idea_lines(results, ALIKE)
     for width in (70, 80, 100, 200):
         text = as_text(idea_table(lines), width)
         assert max(map(len, text.splitlines())) <= width
@@ -231,7 +249,7 @@ def test_the_table_fits_a_terminal():
 
 
 def test_the_verdict_names_what_bought_nothing(trained_ideas: Path):
-    lines = idea_lines(
+    results = [
         result(flags, seed, loss + seed / 1000, 100)
         for flags, loss in {
             "": 1.5,
@@ -241,8 +259,9 @@ def test_the_verdict_names_what_bought_nothing(trained_ideas: Path):
             "--without all": 1.9,
         }.items()
         for seed in (1, 2, 3)
-    )
-    notes = "\n".join(idea_notes(lines, found_with({ALL: 1}, trained_ideas).by_rung(EQUAL_STEPS)))
+    ]
+    some = next((trained_ideas / "runs" / "compare" / "text").glob(f"{NAME}-1-*"))
+    notes = "\n".join(idea_notes(idea_lines(results, ALIKE), {ALL: [read_run(some)]}))
     assert re.search(r"Lowered the loss.*: rope\.", notes)
     assert re.search(r"Bought nothing.*: muon\.", notes)
     assert re.search(r"Raised it: qk-norm\.", notes)
