@@ -253,8 +253,9 @@ def test_the_order_of_what_came_before_counts(without: tuple[str, ...]):
     torch.testing.assert_close(model(idx)[0][0, -1], model(swapped)[0][0, -1])
 
 
-def test_one_call_of_pytorchs_does_the_same():
-    idx, targets = torch.randint(11, (2, 2, 40))  # longer than a block, too
+@pytest.mark.parametrize("length", [12, 40], ids=["a block", "longer"])
+def test_one_call_of_pytorchs_does_the_same(length: int):
+    idx, targets = torch.randint(11, (2, 2, length))
     results = []
     for fused in (True, False):
         model = awake(replace(CONFIG, fused=fused))
