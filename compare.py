@@ -5,9 +5,10 @@
     python compare.py --no-train                   what is there already
     python compare.py --modern                     modern_gpt.py without each of its ideas
 
-Prints a table, and writes it beside the curves and report.html, a page to look at. Runs that are
-there, below runs/, are not trained again; those of another text, of other settings or by another
-version of their script are left out. Stop it whenever you like: the same command goes on.
+Prints a table, and writes it beside the curves and report.html, a page to look at; for the ideas,
+which take hours, beside a picture. Runs that are there, below runs/, are not trained again; those
+of another text, of other settings or by another version of their script are left out. Stop it
+whenever you like: the same command goes on.
 """
 
 import argparse

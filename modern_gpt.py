@@ -1,12 +1,12 @@
-"""Beyond the ladder: what changed since GPT-2, the same model with the ideas of the years since.
+"""Beyond the ladder: what changed since GPT-2, the same model with ideas that it did not have.
 
 What is new: ten ideas, each of which --without leaves out by its name.
 
-    rms-norm       vectors are only brought to one length: there is less to compute and to learn
+    rms-norm       vectors are only brought to one length: no mean to subtract, nothing to learn
     rope           queries and keys turn with their position, so that only their distance counts
     qk-norm        queries and keys have one length, so that no score runs away
     bias-free      no biases: what they add, the other weights can learn too
-    squared-relu   what the ReLU lets through is squared, so that few strong activations stand out
+    squared-relu   what the ReLU lets through is squared, so that a few strong ones stand out
     zero-init      what a block adds starts at zero: the first steps need not undo chance
     embedding-norm the embedding is as long as what later layers read: they start on equal terms
     re-embedding   every block may add the embedding again: no layer has to carry it along
@@ -16,7 +16,7 @@ What is new: ten ideas, each of which --without leaves out by its name.
 Why it helps: each for the reason beside it; `python compare.py --modern` measures how much.
 
     python modern_gpt.py                           the size that suits this machine
-    python modern_gpt.py --preset middle           more time for a lower loss
+    python modern_gpt.py --preset middle           between small and full
     python modern_gpt.py --without rope muon       all ideas but two
 
 Since gpt.py

@@ -41,7 +41,7 @@ GOAL = 1.88  # about where that recipe ends
 # The commands that get there: fewer blocks, more characters a second.
 TO_THE_GOAL = {
     "gpt.py": ["--n-layer", "2", "--max-iters", "550"],
-    "modern_gpt.py": ["--n-layer", "2", "--max-iters", "150"],
+    "modern_gpt.py": ["--n-layer", "2", "--max-iters", "210"],
 }
 OVERWRITE = ["--out", "run", "--overwrite"]
 

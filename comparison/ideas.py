@@ -177,9 +177,9 @@ def verdicts(lines: list[IdeaLine]) -> list[str]:
             kind = nothing if not sure else lowered if more.value > 0 else raised
             kind.append(line.left_out)
     endings = {
-        "Lowered the loss after equal seconds, by two standard errors or more": lowered,
-        "Raised it": raised,
-        "Bought nothing at this size that these seeds can show": nothing,
+        "These lowered the loss after equal seconds, by two standard errors or more": lowered,
+        "These raised it": raised,
+        "These bought nothing at this size that these seeds can show": nothing,
     }
     return [f"{words}: {', '.join(ideas)}." for words, ideas in endings.items() if ideas]
 

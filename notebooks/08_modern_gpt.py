@@ -1105,6 +1105,20 @@ plt.show()
 # For such questions there is a real measurement: `python compare.py --modern` trains a larger model
 # with all ideas and, idea by idea, without it, for equal steps and for equal seconds.
 #
+# **Predict:** which of the ten ideas does it miss most, and how many make no difference that three
+# seeds could show?
+#
+# <details><summary>What it found</summary>
+#
+# ![How much higher the loss ends without each idea](../data/modern.svg)
+#
+# A model of 800,000 numbers, 2,000 steps, Tiny Shakespeare: without Muon it ends higher by 0.07,
+# without rope by 0.03. Without the schedule it is 0.01, hardly more than chance would do. Each of
+# the other seven can go, and nothing is lost that three seeds would show. Deep stacks and long
+# trainings, for which some of them were made, do not come up here. The README has the table.
+#
+# </details>
+#
 # ### The schedule alone
 #
 # One comparison is cheap enough for here: all ideas, and all but the schedule. The optimizers and

@@ -262,9 +262,9 @@ def test_the_verdict_names_what_bought_nothing(trained_ideas: Path):
     ]
     some = next((trained_ideas / "runs" / "compare" / "text").glob(f"{NAME}-1-*"))
     notes = "\n".join(idea_notes(idea_lines(results, ALIKE), {ALL: [read_run(some)]}))
-    assert re.search(r"Lowered the loss.*: rope\.", notes)
-    assert re.search(r"Bought nothing.*: muon\.", notes)
-    assert re.search(r"Raised it: qk-norm\.", notes)
+    assert re.search(r"These lowered the loss.*: rope\.", notes)
+    assert re.search(r"These bought nothing.*: muon\.", notes)
+    assert re.search(r"These raised it: qk-norm\.", notes)
 
 
 def test_the_rows_of_the_ladder_are_of_the_same_preset():

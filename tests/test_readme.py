@@ -1,6 +1,7 @@
 """The README keeps its word: what it says to type works, what it says was measured was."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -12,7 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, STAGES
 
+from common import load_corpus
+from comparison.ideas import EQUAL_STEPS, equal_seconds, idea_lines, idea_table, verdicts
+from comparison.runs import Rung, Terms
 from comparison.table import as_markdown, lines_of, read_results, table
+from sample import stage_module
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOT_OURS = (  # files of the reader's, and of a run
@@ -31,16 +36,42 @@ LIMITS = {  # of the mean validation loss, for the course to be what it says it 
     ("modern_gpt", "--preset small"): 1.52,
 }
 
+RESULTS = read_results(ROOT / "data" / "losses.csv")
+REFERENCE = {(line.rung.stage, line.rung.flags): line for line in lines_of(RESULTS)}
+IDEAS = read_results(ROOT / "data" / "modern.csv")
+STEP_TIMES = json.loads((ROOT / "data" / "step_times.json").read_text(encoding="utf-8"))["seconds"]
 
-REFERENCE = {
-    (line.rung.stage, line.rung.flags): line
-    for line in lines_of(read_results(ROOT / "data" / "losses.csv"))
-}
+
+@pytest.fixture
+def terms(tmp_path: Path) -> Terms:
+    """Of the reference: the text itself need not be here, only have as many characters."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(map(chr, range(40, 105))) * 100, encoding="utf-8")
+    return Terms(load_corpus(path), "cpu")
 
 
 def test_the_table_is_what_the_reference_losses_give() -> None:
     assert {tuple(line.seeds) for line in REFERENCE.values()} == {(1, 2, 3)}
     assert as_markdown(table(list(REFERENCE.values()))) in README
+
+
+def test_the_table_of_ideas_is_what_was_measured(terms: Terms) -> None:
+    for rung in EQUAL_STEPS + equal_seconds(STEP_TIMES, terms):
+        assert [result.seed for result in IDEAS if result.flags == rung.flags] == [1, 2, 3]
+    lines = idea_lines(IDEAS, STEP_TIMES)
+    assert as_markdown(idea_table(lines)) in README
+    words = " ".join(README.split())
+    assert all(verdict in words for verdict in verdicts(lines))
+
+
+def test_the_reference_is_of_the_models_that_are_here(terms: Terms) -> None:
+    for result in RESULTS + IDEAS:
+        config = terms.config(Rung(result.stage, result.flags, ""))
+        module = stage_module(result.stage)
+        model = module.Model(module.Config(**config))
+        assert result.parameters == sum(weights.numel() for weights in model.parameters())
+        characters = config["batch_size"] * config["block_size"] * config["max_iters"]
+        assert result.tokens == characters
 
 
 def test_each_stage_is_better_than_the_one_before_by_more_than_the_seeds_spread() -> None:
