@@ -89,11 +89,11 @@ PRESETS = {
     "full": Config(),
     "middle": Config(
         n_embd=192,
-        n_head=3,
+        n_head=2,
         n_layer=4,
-        dropout=0.05,
+        dropout=0.0,
         batch_size=8,
-        max_iters=3000,
+        max_iters=2500,
         eval_interval=500,
     ),
     "small": Config(
