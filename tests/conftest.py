@@ -47,6 +47,7 @@ BROWSERS = (
 )
 
 torch.set_num_threads(1)  # the models here are tiny
+os.environ["COLUMNS"] = "160"  # how wide a terminal is decides where lines are broken
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ from comparison.table import as_markdown, lines_of, read_results, table
 from sample import stage_module
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOT_OURS = (  # files of the reader's, and of a run
+NOT_OURS = (  # files of the reader's, of a run, and one that is downloaded
     *("my_text.txt", "sonnets.txt", "part1.txt", "part2.txt"),
     *("losses.csv", "sample.txt"),
+    "data/tinyshakespeare.txt",
 )
 LIMITS = {  # of the mean validation loss, for the course to be what it says it is
     ("bigram", ""): 2.490,
