@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -84,14 +85,19 @@ def test_a_killed_run_resumes_bit_for_bit(
 ) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     flags = [*SMALL, *SMALL_MODEL[stage], *LONG, "--data", text, "--out", killed]
-    process = start(stage, *flags, cwd=tmp_path)
-    rows, moment = random.randint(1, 4), random.random() / 50
-    print(f"killed {moment:.3f} s after row {rows}")  # shown if the test fails
-    wait_for_rows(killed / "losses.csv", rows)
-    time.sleep(moment)
-    process.kill()
-    output, _ = process.communicate()
-    assert "best validation loss" not in output, "it was not killed in time"
+    for _ in range(10):  # a small run can end before a busy machine lets us kill it
+        process = start(stage, *flags, cwd=tmp_path)
+        rows, moment = random.randint(1, 4), random.random() / 50
+        print(f"killed {moment:.3f} s after row {rows}")  # shown if the test fails
+        wait_for_rows(killed / "losses.csv", rows)
+        time.sleep(moment)
+        process.kill()
+        output, _ = process.communicate()
+        if "best validation loss" not in output:
+            break
+        shutil.rmtree(killed)
+    else:
+        pytest.fail("it was never killed in time")
 
     assert run(stage, "--resume", "--out", killed, "--sample-length", 20)[0] == 0
     assert small_run(stage, *LONG, "--out", whole)[0] == 0
