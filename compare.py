@@ -49,10 +49,11 @@ from comparison.report import first_line, report
 from comparison.runs import RUNGS, STAGES, Found, Rung, Terms, TrainedRun, find_runs, read_run
 from comparison.step_times import measure_step_times, read_step_times, save_step_times
 from comparison.table import as_markdown, as_text, lines_of, notes, results_csv, results_of, table
-from flags import COUNT, Parser, add_device_flag, add_sampling_flags
 from prepare import open_text
-from run_folder import holds_run, write_together
 from sample import encode_prompt, first_prompt
+
+from flags import COUNT, Parser, add_device_flag, add_sampling_flags
+from run_folder import holds_run, write_together
 from training import duration
 
 ROOT = Path(__file__).resolve().parent

@@ -16,14 +16,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trainer import UserError, cli
+from common import Tokenizer
+from gpt import Config
+from sample import rebuild
+from trainer.checkpoint import read_checkpoint, saved_config
+from trainer.flags import Parser
+from trainer.folder import rename
+
 import torch
 from torch import Tensor, nn
-
-from common import Tokenizer, UserError, clear_errors
-from flags import Parser
-from gpt import Config
-from run_folder import read_checkpoint, replace, saved_config
-from sample import rebuild
 
 GPT2_NAMES = {
     "token_embedding": "transformer.wte",
@@ -31,14 +33,14 @@ GPT2_NAMES = {
     "blocks": "transformer.h",
     "attention_norm": "ln_1",
     "attention": "attn",
-    "query_key_value": "c_attn",
-    "projection": "c_proj",
+    "qkv_proj": "c_attn",
+    "out_proj": "c_proj",
     "feed_forward_norm": "ln_2",
     "feed_forward": "mlp",
-    "widen": "c_fc",
-    "narrow": "c_proj",
+    "up_proj": "c_fc",
+    "down_proj": "c_proj",
     "final_norm": "transformer.ln_f",
-    "to_logits": "lm_head",
+    "lm_head": "lm_head",
 }
 
 
@@ -86,7 +88,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     any_character = {"Regex": r"[\s\S]"}  # a dot would leave out the ends of lines
     cut = {"type": "Split", "pattern": any_character, "behavior": "Isolated", "invert": False}
-    look_up = {"type": "WordLevel", "vocab": tokenizer.number, "unk_token": "<unknown>"}
+    look_up = {"type": "WordLevel", "vocab": tokenizer.ids, "unk_token": "<unknown>"}
     return {
         "version": "1.0",
         "added_tokens": [],
@@ -121,7 +123,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
                 (partial / name).write_bytes(content)
             if folder.exists():
                 folder.rmdir()  # it is empty; on Windows nothing may be where a folder goes
-            replace(partial, folder)
+            rename(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -132,7 +134,6 @@ def as_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-@clear_errors
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="such as runs/gpt")
@@ -167,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -1,142 +1,105 @@
-"""Stage 3 of 7: multi-head attention.
+"""Stage 3 of 8: multi-head attention.
 
-What is new: several small heads side by side, and a projection that mixes what they found.
-`MultiHeadAttention` is a list of `Head`s, as one would think of it. `BatchedMultiHeadAttention`
-computes the same with all heads at once: one matrix product makes every query, key and value.
+Several smaller heads work side by side on the same input. Their outputs are concatenated, and a
+linear layer, the **output projection**, mixes them.
 
-Why it helps: a head has one set of weights for each position, so it can look for one thing at a
-time. Four heads can look for four: say, the letter before, the last vowel, the start of the word,
-the start of the line.
+One head has one set of attention weights per position, so it looks for one thing at a time. Four
+heads can look for four, such as the previous character, the last vowel, and the start of the word.
 
     python multihead_attention.py
-    python multihead_attention.py --attention heads
-
-Since self_attention.py
-    new: Config.n_head, Config.attention, MultiHeadAttention, BatchedMultiHeadAttention
-    changed: Model.__init__
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
+
+from trainer import Divides, Run, cli
+from common import LanguageModel
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import clear_errors
-from training import Run
-
 
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 8  # T: how many characters the model sees at once
-    n_embd: int = 32  # C: how many channels describe a character
-    n_head: int = 4  # H: how many heads share these channels, D = C / H each
-    attention: Literal["heads", "batched"] = "batched"  # one head after the other, or all at once
-    batch_size: int = 32  # B: how many such blocks it learns from in one step
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 500  # how many steps pass between two evaluations
-    learning_rate: float = 1e-3  # how far a step moves the weights
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 8  # T: context length, in characters
+    n_embd: int = 32  # C: channels of the vector that represents a character
+    n_head: Annotated[int, Divides("n_embd")] = 4  # H: attention heads, each of size D = C/H
+    batch_size: int = 32  # B: sequences per training step
+    max_iters: int = 5000  # training steps
+    eval_interval: int = 500  # steps between evaluations
+    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
 
 
 class Head(nn.Module):
-    """One head of causal self-attention; keys, queries and values have D = head_size channels."""
+    """One head of causal self-attention, with queries, keys and values of size D."""
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
-        self.key = nn.Linear(config.n_embd, head_size, bias=False)
+        # No biases: softmax cancels a key's, and a value's would only add a constant.
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
+        self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
+        self.register_buffer("causal_mask", mask, persistent=False)  # a constant: not saved
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        key = self.key(x)  # (B, T, D)
         query = self.query(x)  # (B, T, D)
+        key = self.key(x)  # (B, T, D)
         value = self.value(x)  # (B, T, D)
-        # Sums of D products spread like the square root of D; scaled back, softmax stays soft.
-        scores = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (B, T, T)
+        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
+        weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
         return weights @ value  # (B, T, D)
 
 
 class MultiHeadAttention(nn.Module):
-    """Several heads, one after the other, and a projection that mixes their findings."""
+    """Several heads side by side; a linear layer mixes their outputs."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         head_size = config.n_embd // config.n_head
         self.heads = nn.ModuleList(Head(config, head_size) for _ in range(config.n_head))
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, H*D)
-        return self.projection(x)  # (B, T, C)
+        return self.out_proj(x)  # (B, T, C)
 
 
-class BatchedMultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: they are a dimension, like the batch."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
-        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        H = self.n_head
-        x = self.query_key_value(x)  # (B, T, 3*C)
-        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
-        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query, key, value = x  # (B, H, T, D) each
-        scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
-        scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
-        x = weights @ value  # (B, H, T, D)
-        x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.projection(x)
-
-
-class Model(nn.Module):
-    """Predicts the next character from all those in the block so far."""
+class Model(LanguageModel):
+    """Predicts the next character from all characters so far in the context."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.block_size = config.block_size
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        if config.attention == "heads":
-            self.attention = MultiHeadAttention(config)
-        else:
-            self.attention = BatchedMultiHeadAttention(config)
-        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.attention = MultiHeadAttention(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
         positions = torch.arange(T, device=idx.device)  # (T)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.attention(x)
-        logits = self.to_logits(x)  # (B, T, V)
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
 
-@clear_errors
 def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
+    # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    # idx: characters of the text, by number; targets: for each of them, the one that follows
-    for idx, targets in run.batches(model, optimizer):
+    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()
@@ -146,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

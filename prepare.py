@@ -20,18 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer import UserError, cli
+from common import split_index
+from trainer.corpus import Corpus
+from trainer.flags import Parser
+from trainer.folder import rename
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import Corpus, UserError, clear_errors, load_corpus
-from flags import Parser
-from run_folder import replace
-
 FORMAT = "character-gpt-course-data-1"
 NUMBER = np.dtype("<u2")  # a character in the files: two bytes, the lower one first
 MOST_DIFFERENT = 2**16  # as many as two bytes can tell apart
-MOST_VALIDATION = 1_000_000  # more would cost each evaluation more time than it is worth
 CODE_POINTS = 0x110000  # Unicode has no more
 CHUNK_BYTES = 2**16  # small enough for the processor's own memory, which is the fast one
 
@@ -50,7 +51,7 @@ def prepare(texts: list[Path], folder: Path) -> dict[str, Any]:
         meta = write_files(texts, partial)
         if target.exists():
             target.rmdir()  # it was empty; if it no longer is, this fails
-        replace(partial, target)
+        rename(partial, target)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     finally:
@@ -126,7 +127,7 @@ def refuse_vocabulary(vocabulary: str) -> None:
 
 def characters(count: int, different: int) -> dict[str, int]:
     """How many characters there are, and how many of them are in which part."""
-    border = max(count * 9 // 10, count - MOST_VALIDATION)
+    border = split_index(count)
     return {"all": count, "different": different, "train": border, "validation": count - border}
 
 
@@ -159,11 +160,6 @@ def code_points(texts: list[Path], sources: list[dict], bar: tqdm) -> Iterator[n
         if empty:
             raise UserError(f"the text {path} is empty")
         sources.append({"name": path.name, "bytes": size, "sha256": digest.hexdigest()})
-
-
-def open_text(path: Path | None) -> Corpus:
-    """What --data names: a text, or a prepared folder; None is the course's own text."""
-    return open_prepared(path) if path and path.is_dir() else load_corpus(path)
 
 
 def open_prepared(folder: Path) -> Corpus:
@@ -200,7 +196,6 @@ def open_prepared(folder: Path) -> Corpus:
     return Corpus(name, str(folder), sha256, vocabulary, *tensors)
 
 
-@clear_errors
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="a UTF-8 text")
@@ -218,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

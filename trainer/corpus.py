@@ -1,0 +1,126 @@
+"""The text to train on: by default Tiny Shakespeare, downloaded at first use."""
+
+import hashlib
+import http.client
+import os
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import Tokenizer, split
+from data import pocket_play
+from trainer.cli import UserError
+from trainer.folder import write_whole
+
+import torch
+from torch import Tensor
+
+DATA = Path(pocket_play.__file__).parent
+TINY_SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass
+class Corpus:
+    """A text as token ids, and where it came from."""
+
+    name: str
+    path: str
+    sha256: str
+    vocabulary: str
+    train: Tensor
+    validation: Tensor
+    table: Tensor | None = None  # from the text's own ids to the model's, where they differ
+
+    def use_vocabulary(self, vocabulary: str) -> None:
+        """From now on `ids` returns ids of this vocabulary, which may be larger."""
+        if vocabulary != self.vocabulary:
+            self.table = torch.tensor([vocabulary.index(each) for each in self.vocabulary])
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        return tokens.long() if self.table is None else self.table[tokens.long()]
+
+    def record(self) -> dict[str, str]:
+        """What a run's files say about its text."""
+        path = str(Path(self.path).resolve())
+        return {"name": self.name, "path": path, "sha256": self.sha256}
+
+    def __str__(self) -> str:
+        length, different = len(self.train) + len(self.validation), len(self.vocabulary)
+        return f"{self.name} of {length:,} characters, {different} different"
+
+    def known_entropy(self) -> float | None:
+        """The loss that no model can beat on average; known for Pocket Play alone."""
+        is_pocket_play = Path(self.path).resolve() == DATA / "pocket_play.txt"
+        return pocket_play.entropy_per_character() if is_pocket_play else None
+
+
+def open_corpus(path: Path | None) -> Corpus:
+    """What --data names; None is Tiny Shakespeare or, without a network, Pocket Play."""
+    if path and path.is_dir():
+        from prepare import open_prepared  # here, because a plain text needs none of it
+
+        return open_prepared(path)
+    path = path or default_corpus()
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")  # some editors start a file with an invisible mark
+    except OSError as error:
+        raise UserError(f"cannot read the text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start:,} starts no character): save it as "
+            "UTF-8 in an editor, or choose another file"
+        ) from None
+    if not text:
+        raise UserError(f"the text {path} is empty")
+    tokenizer = Tokenizer(text)
+    if len(tokenizer.vocabulary) == 1:
+        raise UserError(f"{path} repeats one character, {text[0]!r}: there is nothing to learn")
+    parts = split(torch.tensor(tokenizer.encode(text)))
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Corpus(path.stem, str(path), sha256, tokenizer.vocabulary, *parts)
+
+
+def default_corpus() -> Path:
+    """Tiny Shakespeare, downloaded at first use; if that fails, the built-in Pocket Play."""
+    path = DATA / "tinyshakespeare.txt"
+    if path.exists():
+        if hashlib.sha256(path.read_bytes()).hexdigest() != TINY_SHAKESPEARE_SHA256:
+            raise UserError(
+                f"{path} is not the Tiny Shakespeare that results here are measured on: delete it "
+                "to download it again, or rename your own text and pass it as --data"
+            )
+        return path
+    try:
+        write_whole(path, download(TINY_SHAKESPEARE_URL, TINY_SHAKESPEARE_SHA256))
+        return path
+    except (OSError, http.client.HTTPException, UserError) as error:
+        reason = " ".join(str(error).split())
+    fallback = DATA / "pocket_play.txt"
+    if not fallback.exists():
+        write_whole(fallback, pocket_play.play().encode("utf-8"))
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"Cannot download Tiny Shakespeare ({reason}); using the built-in Pocket Play instead. "
+            f"Losses are not comparable. For the real text, save {TINY_SHAKESPEARE_URL} as {path}",
+            file=sys.stderr,
+        )
+    return fallback
+
+
+def download(url: str, sha256: str, time_limit: float = 60) -> bytes:
+    deadline = time.monotonic() + time_limit
+    content = b""
+    with urllib.request.urlopen(url, timeout=10) as response:
+        while chunk := response.read1(2**16):
+            content += chunk
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the download took over {time_limit:.0f} seconds")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ConnectionError("what came over the network is another file, or a damaged one")
+    return content

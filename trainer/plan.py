@@ -1,0 +1,219 @@
+"""What a run will do: decided, and refused if it cannot work, before it does anything."""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import Tokenizer
+from trainer.checkpoint import read_checkpoint, saved_config
+from trainer.cli import UserError
+from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
+from trainer.distributed import World
+from trainer.flags import Parser, Seed, check_divides, filled, flag, given, typed
+from trainer.folder import RunFolder, newest_run
+from trainer.machine import DeviceSettings, Machine, MachineSettings, available_device
+from trainer.sampling import SampleSettings
+
+MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
+Checkpoint = dict[str, Any]
+
+
+@dataclass
+class RunSettings:
+    data: Path | None = None  # UTF-8 text to learn from, or a folder that prepare.py made
+    seed: Seed | None = None  # another seed, another run (default 1)
+    out: Path | None = None  # the run's folder (default: the first free runs/NAME, runs/NAME-2, …)
+    resume: bool = False  # continue the run in --out, or the newest one
+    overwrite: bool = False  # replace the run in --out
+    init_from: Path | None = None  # start from the best weights of that run, with its settings
+    extend_vocabulary: bool = False  # with --init-from: add the characters that are new in the text
+
+
+@dataclass
+class Settings(RunSettings, MachineSettings, SampleSettings):
+    """Every flag that is not a hyperparameter."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known about a run before its first step."""
+
+    name: str  # of the stage
+    config: Any
+    seed: int
+    settings: Settings
+    folder: RunFolder
+    machine: Machine
+    corpus: Corpus
+    tokenizer: Tokenizer
+    init_from: str  # the run whose weights it started from, if any
+    changed_on_resume: list[str]  # flags that differ from those of its start
+    note: str  # about the choice of the preset
+
+    def header(self) -> dict[str, Any]:
+        """What the run's files say about it."""
+        return {
+            "stage": self.name,
+            "config": asdict(self.config),
+            "seed": self.seed,
+            "init_from": self.init_from,
+            "changed_on_resume": self.changed_on_resume,
+            "device": self.machine.device.type,
+            "dtype": self.machine.dtype_name,
+            "corpus": self.corpus.record(),
+        }
+
+
+def make_plan(
+    config_class: type,
+    presets: dict[str, Any] | None,
+    argv: list[str] | None,
+    name: str | None,
+    world: World,
+) -> tuple[Plan, Checkpoint | None]:
+    """The plan, and the checkpoint that the run resumes or takes its weights from."""
+    options = parse(config_class, presets, argv)
+    preset = options.preset if presets else None
+    settings, chosen = filled(options, Settings), given(options, config_class)
+    name = name or script_name(config_class)
+    refuse_combinations(name, settings, presets, preset, world)
+    folder = RunFolder(name, settings.out, settings.overwrite)
+    saved = world.on_main(lambda: read_saved(folder, settings))
+    resumed = saved if settings.resume else None
+    start, note = resumed or {"seed": 1, "init_from": str(settings.init_from or "")}, ""
+    device = resumed["device"] if resumed and settings.device == "auto" else settings.device
+    device = available_device(device)
+    if presets and not saved:
+        note = f"preset {preset}" if preset else f"preset {preset_for(device)}, chosen for {device}"
+        config = presets[preset or preset_for(device)]
+    else:
+        config = saved_config(config_class, saved) if saved else config_class()
+    changed = changes(resumed, chosen, settings, folder) if resumed else []
+    corpus = open_text(settings, resumed, world)
+    tokenizer = Tokenizer(choose_vocabulary(settings, saved, corpus))
+    corpus.use_vocabulary(tokenizer.vocabulary)
+    settings.start_of_text(tokenizer)  # a bad --prompt is refused now rather than at the end
+    config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
+    refuse_sizes(config, corpus, resumed, world)
+    dtype = "auto" if presets else "float32"
+    if resumed and resumed["device"] == device.type:
+        dtype = resumed["dtype"]  # or the numbers would not go on as they were
+    machine = Machine(settings, world.device(device), dtype)
+    seed = start["seed"] if settings.seed is None else settings.seed
+    plan = Plan(
+        *(name, config, seed, settings, folder, machine, corpus, tokenizer),
+        *(start["init_from"], changed, note),
+    )
+    return plan, saved
+
+
+def parse(config_class: type, presets: dict[str, Any] | None, argv: list[str] | None) -> Any:
+    parser = Parser(sys.modules[config_class.__module__].__doc__ or "")
+    if presets:
+        words = "a set of these values (default: small on a CPU, full on a GPU)"
+        parser.add_argument("--preset", choices=presets, help=words)
+    parser.add_fields("the model and its training", config_class, presets)
+    parser.add_fields("the run", RunSettings)
+    parser.add_fields("the machine", MachineSettings if presets else DeviceSettings)
+    parser.add_fields("the sample", SampleSettings)
+    return parser.parse_args(argv)
+
+
+def script_name(config_class: type) -> str:
+    return Path(getattr(sys.modules[config_class.__module__], "__file__", "notebook")).stem
+
+
+def preset_for(device: Any) -> str:
+    return "small" if str(device) == "cpu" else "full"
+
+
+def refuse_combinations(
+    name: str, settings: Settings, presets: dict | None, preset: str | None, world: World
+) -> None:
+    if world.size > 1 and not presets:
+        raise UserError(f"{name}.py trains in one process: start it without torchrun")
+    if settings.resume and (settings.overwrite or settings.init_from):
+        other = "--overwrite" if settings.overwrite else "--init-from"
+        raise UserError(f"--resume continues a run and {other} starts one: choose one of them")
+    if settings.extend_vocabulary and not settings.init_from:
+        raise UserError("--extend-vocabulary needs --init-from and the run to start from")
+    if preset and (settings.resume or settings.init_from):
+        word = "--resume" if settings.resume else "--init-from"
+        raise UserError(f"--preset is for a new model: {word} keeps the sizes of the saved one")
+
+
+def read_saved(folder: RunFolder, settings: Settings) -> Checkpoint | None:
+    """The checkpoint to resume, or to take weights from; for a new run, none."""
+    if settings.resume:
+        folder.path = folder.path or newest_run(folder.name)
+        saved = read_checkpoint(folder.path / "checkpoint.pt")
+    else:
+        folder.refuse_to_replace()
+        if not settings.init_from:
+            return None
+        if folder.path and folder.path.resolve() == settings.init_from.resolve():
+            raise UserError(f"{folder.path} is the run to start from: choose another --out")
+        saved = read_checkpoint(settings.init_from / "best.pt")
+    if saved["stage"] != folder.name:
+        raise UserError(f"that run was made by {saved['stage']}.py, and this is {folder.name}.py")
+    return saved
+
+
+def changes(saved: Checkpoint, chosen: dict, settings: Settings, folder: RunFolder) -> list[str]:
+    """The flags that differ from the run so far; only how long it takes may change."""
+    before = saved["config"] | {"seed": saved["seed"]}
+    if settings.seed is not None:
+        chosen = chosen | {"seed": settings.seed}
+    differ = [name for name, value in chosen.items() if value != before.get(name)]
+    for name in differ:
+        if name not in MAY_CHANGE_ON_RESUME:
+            was, asked = typed(name, before.get(name)), typed(name, chosen[name])
+            raise UserError(
+                f"the run in {folder.path} was made with {was}, not {asked}: resume it without "
+                "that flag, or start a new run"
+            )
+    return sorted({*saved["changed_on_resume"], *map(flag, differ)})
+
+
+def open_text(settings: Settings, resumed: Checkpoint | None, world: World) -> Corpus:
+    path, saved = settings.data, resumed["corpus"] if resumed else None
+    if saved and path is None and saved["sha256"] != TINY_SHAKESPEARE_SHA256:
+        path = Path(saved["path"])  # Tiny Shakespeare is found wherever it is now
+    corpus = open_corpus(path)
+    if saved and corpus.sha256 != saved["sha256"]:
+        raise UserError(
+            f"{corpus.path} is not the text that this run learns from ({saved['path']} as it was)"
+        )
+    if corpus.sha256 != world.broadcast(corpus.sha256):
+        raise UserError(f"{corpus.path} is not the same text in all processes")
+    return corpus
+
+
+def choose_vocabulary(settings: Settings, saved: Checkpoint | None, corpus: Corpus) -> str:
+    """The text's characters; for weights to start from, the characters that they know."""
+    known = saved["vocabulary"] if saved else corpus.vocabulary
+    unknown = "".join(sorted(set(corpus.vocabulary) - set(known)))
+    if unknown and not settings.extend_vocabulary:
+        raise UserError(
+            f"the run in {settings.init_from} does not know {len(unknown)} of the characters in "
+            f"{corpus.path}: {unknown!r}; --extend-vocabulary adds them"
+        )
+    return known + unknown
+
+
+def refuse_sizes(config: Any, corpus: Corpus, resumed: Checkpoint | None, world: World) -> None:
+    check_divides(config)
+    B, T, step = config.batch_size, config.block_size, 0
+    if resumed:
+        step = resumed["parts"]["history"]["step"]
+    if config.max_iters < step:
+        raise UserError(f"the run is at step {step} already: --max-iters must be at least that")
+    if B % world.size:
+        raise UserError(f"--batch-size {B} is not divisible by the {world.size} processes")
+    shorter = min(len(corpus.train), len(corpus.validation))
+    if shorter <= T:
+        raise UserError(
+            f"{corpus.path} is too short: one of its splits has {shorter} characters, and "
+            f"--block-size {T} needs at least one more than itself"
+        )

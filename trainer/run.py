@@ -1,0 +1,293 @@
+"""One training run: everything around the training lines of a script."""
+
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from common import LanguageModel, draw_batch
+from trainer.checkpoint import Part, adopt_weights, read_checkpoint, restore
+from trainer.cli import UserError
+from trainer.distributed import World
+from trainer.evaluate import exact_loss
+from trainer.flags import flag
+from trainer.folder import write_whole
+from trainer.history import History
+from trainer.machine import seed_for, threads
+from trainer.plan import make_plan
+from trainer.sampling import SampleSettings, print_sample, store_by_columns
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+SECONDS_BETWEEN_SAVES = 300
+STEPS_BETWEEN_LOSSES = 20  # to read a loss is to wait for the GPU
+
+Batch = tuple[Tensor, Tensor]  # idx and targets
+
+
+class Run:
+    """A training run, from the command line to the sample at its end.
+
+    A script reads `config`, `device` and `step`, takes its batches from `batches`, gives every loss
+    to `log`, and calls `finish`. `presets` declares that a stage scales: its script also divides
+    batches by `micro_batches`, computes under `autocast`, and has the flags for that.
+    """
+
+    def __init__(
+        self,
+        config_class: type,
+        presets: dict[str, Any] | None = None,
+        argv: list[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.world = World()
+        self.plan, self.saved = make_plan(config_class, presets, argv, name, self.world)
+        self.config, self.machine = self.plan.config, self.plan.machine
+        self.device, self.folder = self.machine.device, self.plan.folder
+        self.history = History()
+        self.parts: dict[str, Part] = {"history": self.history, "scaler": self.machine.scaler}
+        self.model: LanguageModel | None = None
+        self.optimizers: tuple[Optimizer, ...] = ()
+        self.bar = tqdm(disable=True)
+        self.signals = [False, False]  # whether to stop and whether to save after this step
+        self.first_step, self.saved_step = 0, 0
+        self.saved_at = self.marked_at = time.perf_counter()
+        self.computing = 0.0  # seconds since the first step, without evaluations
+        self.fraction = 1.0  # how much of its batch the current micro-batch is
+        self.all_threads = torch.get_num_threads()
+        self.micro_batch_count = 1
+        if presets:
+            rows, row = self.config.batch_size // self.world.size, self.config.block_size
+            self.micro_batch_count = self.machine.micro_batches(rows, row * self.config.n_embd)
+        torch.manual_seed(self.plan.seed)  # for the initial weights
+
+    @property
+    def step(self) -> int:
+        return self.history.step
+
+    def batches(self, model: LanguageModel, *optimizers: Optimizer) -> Iterator[Batch]:
+        """Yield batches to train on; in between evaluate, save, and heed Ctrl-C."""
+        self.model, self.optimizers = model, optimizers
+        total, interval = self.config.max_iters, self.config.eval_interval
+        step_threads = self.machine.threads(model, self.config.batch_size * self.config.block_size)
+        quiet = None if self.world.is_main else True  # None: on a terminal only
+        with (
+            threads(step_threads),
+            interrupts(self.world.is_main) as interrupted,
+            tqdm(total=total, disable=quiet, unit="step") as self.bar,
+        ):
+            self.start()
+            while self.step < total:
+                due = time.perf_counter() - self.saved_at > SECONDS_BETWEEN_SAVES
+                self.signals = [bool(interrupted), due]
+                yield self.batch(self.step)
+                self.history.step += 1
+                self.bar.update()
+                stop, save = self.signals
+                if self.step % STEPS_BETWEEN_LOSSES == 0:
+                    self.read_losses()
+                if self.step % interval == 0 or self.step == total:
+                    self.evaluate()
+                    self.save()
+                    self.say(str(self.history))
+                elif stop or save:
+                    self.save()
+                if stop and self.step < total:
+                    self.bar.close()
+                    self.say(f"stopped at step {self.step}; to resume: {resume_command(self)}")
+                    raise SystemExit(130)
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Divide a batch into parts that fit in memory or cache, each with its weight in the loss.
+
+        The weight is the part's fraction of the batch, times the loss scale where float16 needs
+        one. After the last part the gradients are averaged over all processes, and unscaled.
+        """
+        parts = zip(*(half.tensor_split(self.micro_batch_count) for half in batch), strict=True)
+        for idx, targets in parts:
+            self.fraction = len(idx) / len(batch[0])
+            yield idx, targets, self.fraction * self.machine.scaler.scale
+        self.fraction = 1.0
+        self.signals = self.world.average_gradients(self.model.parameters(), self.signals)
+        self.machine.scaler.unscale(self.model)
+
+    def autocast(self) -> AbstractContextManager:
+        """Inside, matrix products take their inputs in the run's dtype."""
+        return self.machine.autocast()
+
+    def log(self, loss: Tensor) -> None:
+        """Count the loss of a batch, or of a micro-batch, towards the next row of losses.csv."""
+        self.history.log(loss, self.fraction)
+
+    def finish(self) -> None:
+        """Print the result, and a sample from the best weights."""
+        if not self.world.is_main:
+            return
+        best, plan = self.history.best, self.plan
+        print(
+            f"best validation loss {best['val_loss']:.4f} "
+            f"({best['val_loss'] / math.log(2):.3f} bits per character) "
+            f"at step {best['step']} after {best['seconds']:.1f} s"
+        )
+        if self.step > self.first_step:
+            seconds = self.computing / (self.step - self.first_step)
+            speed = self.config.batch_size * self.config.block_size / seconds
+            print(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} characters per second")
+        if entropy := plan.corpus.known_entropy():
+            print(f"entropy of Pocket Play, which no model can beat on average: {entropy:.4f}")
+        model = type(self.model)(self.config).to(self.device)
+        restore(read_checkpoint(self.folder.path / "best.pt"), {"model": model})
+        store_by_columns(model)
+        text = print_sample(model, plan.tokenizer, plan.settings, plan.seed)
+        write_whole(self.folder.path / "sample.txt", text.encode("utf-8"))
+
+    def start(self) -> None:
+        """Load what was saved, try one step, evaluate; only then claim the folder and write."""
+        plan, parameters = self.plan, sum(p.numel() for p in self.model.parameters())
+        optimizers = {f"optimizer {i}": each for i, each in enumerate(self.optimizers)}
+        self.parts |= {"model": self.model, **optimizers}
+        several = f" in {self.world.size} processes" if self.world.size > 1 else ""
+        self.say(
+            f"{plan.name}: {parameters:,} parameters on {self.device.type}{several}, in "
+            f"{self.machine.dtype_name}; text {plan.corpus}"
+        )
+        self.say(plan.note)
+        if plan.settings.resume:
+            restore(self.saved, self.parts)
+            (self.folder.path / "sample.txt").unlink(missing_ok=True)  # no longer finished
+        elif self.saved:
+            adopt_weights(self.model, self.config, self.saved, plan.tokenizer.vocabulary)
+            self.say(f"starts from the weights of {plan.init_from}")
+        self.saved = None  # frees its memory
+        self.machine.prepare(self.model, self.try_step, self.say)
+        self.first_step, self.bar.n = self.step, self.step
+        if not plan.settings.resume:
+            self.history.start_clock()
+            self.evaluate()
+            self.folder.path, taken = self.world.on_main(self.folder.claim)
+            self.say(f"{taken} is taken, so this run goes to {self.folder.path}" if taken else "")
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+        extra = {"processes": self.world.size, "compiled": self.machine.compiled}
+        config = plan.header() | extra | {"parameters": parameters, "versions": versions}
+        self.world.on_main(lambda: self.folder.write_config(config))
+        self.save()
+        self.say(f"run folder {self.folder.path}")
+        self.say(str(self.history))
+        self.computing = 0.0
+
+    def try_step(self) -> None:
+        """The passes of one micro-batch, to run out of memory now if ever; they leave no trace."""
+        idx, targets = (half.tensor_split(self.micro_batch_count)[0] for half in self.batch(0))
+        with self.autocast():
+            _, loss = self.model(idx, targets)
+        loss.backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def batch(self, step: int) -> Batch:
+        """This process's rows of a step's batch, and the seed of this step's dropout."""
+        generator = torch.Generator().manual_seed(seed_for(self.plan.seed, step, "batch"))
+        T, B, corpus = self.config.block_size, self.config.batch_size, self.plan.corpus
+        halves = draw_batch(corpus.train, T, B, generator)
+        self.machine.seed(seed_for(self.plan.seed, step, self.world.rank))
+        return tuple(self.machine.send(self.world.shard(corpus.ids(half))) for half in halves)
+
+    def read_losses(self) -> None:
+        """Add up the losses since the last time, and refuse to go on with one that is not finite."""
+        bad = self.history.collect(self.world)
+        now = time.perf_counter()
+        self.computing += now - self.marked_at
+        self.marked_at = now
+        if bad:
+            raise self.diverged(f"the loss became {bad[1]} at step {bad[0]}")
+        self.bar.set_postfix_str(f"loss {self.history.last_loss:.3f}", refresh=False)
+
+    def evaluate(self) -> None:
+        """Add a row to losses.csv."""
+        self.read_losses()
+        corpus, history = self.plan.corpus, self.history
+        with threads(self.all_threads), self.autocast(), self.machine.eager():
+            val_loss = exact_loss(self.model, corpus.validation, corpus.ids, self.world)
+            train_loss = history.train_loss()
+            if train_loss is None:  # before the first batch: on as much text as for validation
+                first_part = corpus.train[: len(corpus.validation)]
+                train_loss = exact_loss(self.model, first_part, corpus.ids, self.world)
+        if not math.isfinite(val_loss):
+            raise self.diverged(f"the validation loss became {val_loss} by step {self.step}")
+        tokens = self.step * self.config.batch_size * self.config.block_size
+        rate = self.optimizers[0].param_groups[0]["lr"]
+        history.add_row(train_loss, val_loss, rate, tokens)
+        self.marked_at = time.perf_counter()
+
+    def save(self) -> None:
+        """Write the complete state, and losses.csv."""
+        self.read_losses()
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise self.diverged(f"a weight became NaN or infinite by step {self.step}")
+        header = self.plan.header() | {"vocabulary": self.plan.tokenizer.vocabulary}
+        self.world.on_main(lambda: self.folder.save(header, self.parts, self.history))
+        self.saved_step, self.saved_at = self.step, time.perf_counter()
+        self.marked_at = self.saved_at
+
+    def diverged(self, what: str) -> UserError:
+        advice = "try a smaller --learning-rate"
+        if self.machine.dtype != torch.float32:
+            advice += ", or --precision float32"
+        if self.history.rows:
+            advice += (
+                f"; {self.folder.path} keeps step {self.saved_step} in checkpoint.pt and step "
+                f"{self.history.best['step']} in best.pt"
+            )
+        return UserError(f"{what}: {advice}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self.world.is_main and line:
+            self.bar.write(line)
+
+
+def resume_command(run: Run) -> str:
+    """What to type in this folder, with this Python."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    words = [str(python), sys.argv[0], "--resume", "--out", str(run.folder.path)]
+    if run.world.size > 1:
+        words[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={run.world.local_size}"]
+    for each in fields(SampleSettings):
+        if (value := getattr(run.plan.settings, each.name)) != each.default:
+            words += [flag(each.name), str(value)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+@contextmanager
+def interrupts(is_main: bool) -> Iterator[list[int]]:
+    """Collect the first Ctrl-C instead of ending; a second one ends the program as usual."""
+    received = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        if is_main:  # os.write, because print may not be called here
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
