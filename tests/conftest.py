@@ -1,22 +1,26 @@
-"""What the tests share: a text to learn from, and a way to run a script as a reader would."""
+"""What the tests share: a text to learn from, and ways to run a script as a reader would."""
 
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from trainer import cli
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Error, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
     "bigram",
     "self_attention",
     "multihead_attention",
+    "batched_attention",
     "feed_forward",
     "residual",
     "layer_norm",
@@ -30,24 +34,18 @@ SMALL_MODEL["gpt"] = "--n-embd 8 --n-head 2 --n-layer 2 --dropout 0.1 --warmup-i
 SMALL_MODEL["modern_gpt"] = SMALL_MODEL["gpt"]
 
 COMPARE_STEPS = 20
-COMPARE = [
-    "--data",
-    "text.txt",
-    "--max-iters",
-    COMPARE_STEPS,
-    "--device",
-    "cpu",
-    "--sample-length",
-    50,
-]
+COMPARE = f"--data text.txt --max-iters {COMPARE_STEPS} --device cpu --sample-length 50".split()
 
 BROWSERS = (
     *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"),
     "microsoft-edge",
 )
+TIME_LIMIT = 300  # seconds that a process of a test may take
 
 torch.set_num_threads(1)  # the models here are tiny
-os.environ["COLUMNS"] = "160"  # how wide a terminal is decides where lines are broken
+os.environ["COLUMNS"] = "160"  # lines break by the width of the terminal
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit it
 
 
 @pytest.fixture
@@ -63,7 +61,7 @@ def text(tmp_path: Path) -> Path:
 def run(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> Callable:
-    """Call a script's `main` with flags, in an empty folder: exit code, output, errors."""
+    """Call a script with flags, in an empty folder: exit code, output, errors."""
     monkeypatch.chdir(tmp_path)
 
     def call(script: str, *flags: object) -> tuple[int, str, str]:
@@ -73,7 +71,7 @@ def run(
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
         capsys.readouterr()
         try:
-            importlib.import_module(script).main()
+            cli(importlib.import_module(script).main)
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -84,7 +82,7 @@ def run(
 
 @pytest.fixture
 def small_run(run: Callable) -> Callable:
-    """The same with the sizes of a stage so small that it trains in a moment."""
+    """The same, with a stage so small that it trains in a moment."""
 
     def call(stage: str, *flags: object) -> tuple[int, str, str]:
         return run(stage, *SMALL, *SMALL_MODEL[stage], *flags)
@@ -104,16 +102,23 @@ def start(script: str, *flags: object, cwd: Path, threads: int = 1) -> subproces
     )
 
 
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Wait for a process, but not for ever: exit code, output, errors."""
+    try:
+        output, errors = process.communicate(timeout=TIME_LIMIT)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, all stages trained on it with two seeds, and their comparison."""
     folder = tmp_path_factory.mktemp("trained")
     lines = (f'{i}: <script>alert({i * 7 % 13})</script> & "é"\n' for i in range(300))
     (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
-    process = start("compare", *COMPARE, "--seeds", 2, cwd=folder, threads=2)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert errors == ""
+    code, output, errors = finish(start("compare", *COMPARE, "--seeds", 2, cwd=folder, threads=2))
+    assert (code, errors) == (0, ""), errors
     (folder / "output.txt").write_text(output, encoding="utf-8")
     return folder
 
@@ -131,29 +136,38 @@ def losses(folder: Path) -> list[str]:
 
 def same_state(first: Path, second: Path) -> bool:
     """Whether two checkpoints hold the same weights and optimizer state, bit for bit."""
-    states = [torch.load(path, weights_only=True) for path in (first, second)]
-    tensors = [
-        [*state["model"].values()]
-        + [
-            value
-            for optimizer in state["optimizers"]
-            for entry in optimizer["state"].values()
-            for value in entry.values()
-        ]
-        + [state["batch_state"], state["device_state"]]
-        for state in states
-    ]
-    return len(tensors[0]) == len(tensors[1]) and all(map(torch.equal, *tensors))
+    tensors = []
+    for path in (first, second):
+        parts = torch.load(path, weights_only=True)["parts"]
+        states = [state for name, state in parts.items() if name != "history"]
+        tensors.append(list(leaves(states)))
+    return len(tensors[0]) == len(tensors[1]) and all(map(equal, *tensors))
+
+
+def leaves(state: Any) -> Iterator[Any]:
+    """Everything in nested dictionaries and lists."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        for each in state:
+            yield from leaves(each)
+    else:
+        yield state
+
+
+def equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator[Any]:
+    playwright_api = pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with sync_playwright() as playwright:
+    with playwright_api.sync_playwright() as playwright:
         try:  # without a path, Chrome where its installer puts it on this system
             channel = None if path else "chrome"
             browser = playwright.chromium.launch(executable_path=path, channel=channel)
-        except Error as error:
+        except playwright_api.Error as error:
             pytest.skip(f"there is no Chromium or Chrome to look at pages with: {error}")
         yield browser
         browser.close()
