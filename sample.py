@@ -13,7 +13,7 @@ from typing import Any
 from trainer import UserError, cli
 from common import LanguageModel, Tokenizer
 from trainer.checkpoint import read_checkpoint, restore, saved_config
-from trainer.flags import Parser, Seed, filled, options_for
+from trainer.flags import Parser, Seed, given, options_for
 from trainer.machine import DeviceSettings, available_device
 from trainer.sampling import SampleSettings, generate, print_sample, store_by_columns
 
@@ -53,9 +53,9 @@ def main() -> None:
     options = parser.parse_args()
 
     checkpoint = read_checkpoint(options.folder / "best.pt")
-    model, tokenizer = rebuild(checkpoint, filled(options, DeviceSettings).device)
+    model, tokenizer = rebuild(checkpoint, DeviceSettings(**given(options, DeviceSettings)).device)
     seed = checkpoint["seed"] if options.seed is None else options.seed
-    print_sample(model, tokenizer, filled(options, SampleSettings), seed)
+    print_sample(model, tokenizer, SampleSettings(**given(options, SampleSettings)), seed)
 
 
 if __name__ == "__main__":

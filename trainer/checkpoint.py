@@ -3,28 +3,19 @@
 import io
 import os
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from common import LanguageModel
 from trainer.cli import UserError
-from trainer.flags import typed
 
 import torch
-from torch import nn
 
 FORMAT = "character-gpt-course-2"
+Checkpoint = dict[str, Any]
 
 
-class Part(Protocol):
-    """What a run is made of: the model, each optimizer, the history, the loss scaler."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
-def to_bytes(header: dict[str, Any], parts: dict[str, Part]) -> memoryview:
+def to_bytes(header: dict[str, Any], parts: dict[str, Any]) -> memoryview:
     """A checkpoint as it will be in the file: what the run is, and the state of each part."""
     buffer = io.BytesIO()
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -32,12 +23,20 @@ def to_bytes(header: dict[str, Any], parts: dict[str, Part]) -> memoryview:
     return buffer.getbuffer()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
+    """Give each part the state that it had."""
+    try:
+        for name, part in parts.items():
+            if state := checkpoint["parts"][name]:  # empty, if the part was switched off
+                part.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError):
+        raise changed_since(checkpoint) from None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint as plain data; code inside it is refused, never run."""
-    if os.path.isfile(path.parent):
-        raise UserError(f"{path.parent} is a file: name the folder of a run, such as runs/gpt")
     if not os.path.isfile(path):
-        why = f"it has no {path.name}" if os.path.isdir(path.parent) else "there is no such folder"
+        why = f"it has no {path.name}" if os.path.isdir(path.parent) else "it is not a folder"
         raise UserError(f"{path.parent} holds no trained run: {why}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about foreign files, which are refused below
@@ -55,68 +54,35 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def restore(checkpoint: dict[str, Any], parts: dict[str, Part]) -> None:
-    """Give each part the state that it had."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint["parts"][name])
-    except (KeyError, ValueError, RuntimeError):
-        raise changed_since(checkpoint) from None
-
-
-def saved_config(config_class: type, checkpoint: dict[str, Any]) -> Any:
+def saved_config(config_class: type, checkpoint: Checkpoint) -> Any:
     try:
         return config_class(**checkpoint["config"])
     except TypeError:
         raise changed_since(checkpoint) from None
 
 
-def changed_since(checkpoint: dict[str, Any]) -> UserError:
-    return UserError(
-        f"{checkpoint['stage']}.py has changed since this run, which no longer fits it"
-    )
+def changed_since(checkpoint: Checkpoint) -> UserError:
+    return UserError(f"{checkpoint['stage']}.py has changed since this run: train it again")
 
 
-def adopt_weights(model: nn.Module, config: Any, checkpoint: dict[str, Any], new: str) -> None:
+@torch.no_grad()
+def adopt_weights(model: LanguageModel, config: Any, saved: Checkpoint, vocabulary: str) -> None:
     """Start from another run's weights; characters that are new to it keep their fresh ones."""
-    old, weights = checkpoint["vocabulary"], checkpoint["parts"]["model"]
-    refuse_other_function(type(model), config, checkpoint)
-    rows = torch.tensor([new.index(character) for character in old])
-    fresh = model.state_dict()
-    for name, weight in weights.items():
-        sizes = list(zip(fresh[name].shape, weight.shape, strict=True))
-        if len(new) != len(old) and (len(new), len(old)) in sizes:
-            # Its rows, its columns or both belong to characters.
-            index = [
-                rows if size == (len(new), len(old)) else torch.arange(size[0]) for size in sizes
-            ]
-            index = torch.meshgrid(*index, indexing="ij")
-            weight = fresh[name].index_put(index, weight.to(fresh[name].device))
-        fresh[name] = weight
-    model.load_state_dict(fresh)
-
-
-def refuse_other_function(
-    model_class: type[nn.Module], config: Any, checkpoint: dict[str, Any]
-) -> None:
-    """Settings may differ from those of the weights only if the model still computes the same."""
-    before = saved_config(type(config), checkpoint)
-    differ = [
-        typed(name, value)
-        for name, value in vars(config).items()
-        if name != "vocab_size" and value != getattr(before, name)
-    ]
-    idx = torch.arange(min(config.block_size, before.block_size))[None] % before.vocab_size
-    logits = []
-    for each in (before, replace(config, vocab_size=before.vocab_size)):
-        model = model_class(each).eval()
-        try:
-            model.load_state_dict(checkpoint["parts"]["model"])
-        except RuntimeError:
-            break
-        with torch.inference_mode():
-            logits.append(model(idx)[0])
-    if not logits:
-        raise changed_since(checkpoint)
-    if len(logits) == 1 or not logits[0].equal(logits[1]):
-        raise UserError(f"the saved weights do not fit {', '.join(differ)}: leave that flag out")
+    before = type(model)(saved_config(type(config), saved)).eval()
+    restore(saved, {"model": before})
+    after, known = type(model)(config).eval(), len(saved["vocabulary"])
+    rows = torch.tensor([vocabulary.index(character) for character in saved["vocabulary"]])
+    misfit = UserError("the saved weights do not fit a model with these flags: leave them out")
+    weights = after.state_dict()
+    if weights.keys() != before.state_dict().keys():
+        raise misfit
+    for name, weight in before.state_dict().items():
+        sizes = list(zip(weights[name].shape, weight.shape, strict=True))
+        if any(new != old and (new, old) != (len(vocabulary), known) for new, old in sizes):
+            raise misfit
+        index = [rows if new != old else torch.arange(old) for new, old in sizes]
+        weights[name][torch.meshgrid(*index, indexing="ij")] = weight
+    idx = torch.arange(min(after.block_size, before.block_size))[None] % known
+    if not torch.allclose(after(rows[idx])[0][..., rows], before(idx)[0], atol=1e-4):
+        raise misfit  # the same shapes, but another function of them
+    model.load_state_dict(weights)

@@ -5,7 +5,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+
+# PyTorch says these differently on every device and network.
+OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory|invalid buffer|storage size calc"
+LOST_PROCESS = "closed by peer|reset by peer|broken pipe|remote process|remote error"
 
 
 class UserError(Exception):
@@ -18,45 +21,32 @@ def cli(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        main()
+        return main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes, one says it
-            sys.exit(2)
-        refuse(str(error))
+        message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else ""  # once is enough
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            refuse(
-                "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller, "
-                "or gpt.py's --grad-accumulation larger"
+            message = (
+                "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
             )
-        if is_lost_process(error):
-            refuse("another process of this run has ended; --resume continues from the checkpoint")
-        raise
+        elif "WORLD_SIZE" in os.environ and says(error, LOST_PROCESS):
+            message = "another process has ended; --resume continues from the last checkpoint"
+        else:
+            raise
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # nobody reads our output any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-
-
-def refuse(message: str) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if message:
+        line = f"{Path(sys.argv[0]).name}: {' '.join(message.split())}"
+        print(line, file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch says it differently on every device."""
-    words = (
-        "out of memory",
-        "can't allocate memory",
-        "not enough memory",
-        "invalid buffer size",
-        "storage size calculation overflowed",
-    )
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+    return isinstance(error, MemoryError) or says(error, OUT_OF_MEMORY)
 
 
-def is_lost_process(error: Exception) -> bool:
-    """What PyTorch says when one of several processes is gone."""
-    words = ("closed by peer", "reset by peer", "broken pipe", "remote process", "remote error")
-    return "WORLD_SIZE" in os.environ and any(word in str(error).lower() for word in words)
+def says(error: Exception, phrases: str) -> bool:
+    return any(phrase in str(error).lower() for phrase in phrases.split("|"))

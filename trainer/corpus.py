@@ -49,14 +49,14 @@ class Corpus:
         path = str(Path(self.path).resolve())
         return {"name": self.name, "path": path, "sha256": self.sha256}
 
-    def __str__(self) -> str:
-        length, different = len(self.train) + len(self.validation), len(self.vocabulary)
-        return f"{self.name} of {length:,} characters, {different} different"
-
     def known_entropy(self) -> float | None:
         """The loss that no model can beat on average; known for Pocket Play alone."""
         is_pocket_play = Path(self.path).resolve() == DATA / "pocket_play.txt"
         return pocket_play.entropy_per_character() if is_pocket_play else None
+
+    def __str__(self) -> str:
+        length, different = len(self.train) + len(self.validation), len(self.vocabulary)
+        return f"{self.name}: {length:,} characters, {different} different"
 
 
 def open_corpus(path: Path | None) -> Corpus:
@@ -72,10 +72,8 @@ def open_corpus(path: Path | None) -> Corpus:
     except OSError as error:
         raise UserError(f"cannot read the text {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start:,} starts no character): save it as "
-            "UTF-8 in an editor, or choose another file"
-        ) from None
+        place = f"byte {error.start} starts no character"
+        raise UserError(f"{path} is not UTF-8 text ({place}): save it as UTF-8") from None
     if not text:
         raise UserError(f"the text {path} is empty")
     tokenizer = Tokenizer(text)
@@ -88,34 +86,30 @@ def open_corpus(path: Path | None) -> Corpus:
 
 def default_corpus() -> Path:
     """Tiny Shakespeare, downloaded at first use; if that fails, the built-in Pocket Play."""
-    path = DATA / "tinyshakespeare.txt"
+    path, fallback = DATA / "tinyshakespeare.txt", DATA / "pocket_play.txt"
     if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() != TINY_SHAKESPEARE_SHA256:
-            raise UserError(
-                f"{path} is not the Tiny Shakespeare that results here are measured on: delete it "
-                "to download it again, or rename your own text and pass it as --data"
-            )
-        return path
+        if hashlib.sha256(path.read_bytes()).hexdigest() == TINY_SHAKESPEARE_SHA256:
+            return path
+        advice = "delete it to download it again, or rename your own text and pass it as --data"
+        raise UserError(f"{path} is not the Tiny Shakespeare of this course: {advice}")
     try:
         write_whole(path, download(TINY_SHAKESPEARE_URL, TINY_SHAKESPEARE_SHA256))
         return path
     except (OSError, http.client.HTTPException, UserError) as error:
         reason = " ".join(str(error).split())
-    fallback = DATA / "pocket_play.txt"
     if not fallback.exists():
         write_whole(fallback, pocket_play.play().encode("utf-8"))
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"Cannot download Tiny Shakespeare ({reason}); using the built-in Pocket Play instead. "
-            f"Losses are not comparable. For the real text, save {TINY_SHAKESPEARE_URL} as {path}",
+            f"cannot download Tiny Shakespeare ({reason}): using the built-in Pocket Play instead; "
+            f"losses are not comparable. To get it, save {TINY_SHAKESPEARE_URL} as {path}",
             file=sys.stderr,
         )
     return fallback
 
 
 def download(url: str, sha256: str, time_limit: float = 60) -> bytes:
-    deadline = time.monotonic() + time_limit
-    content = b""
+    deadline, content = time.monotonic() + time_limit, b""
     with urllib.request.urlopen(url, timeout=10) as response:
         while chunk := response.read1(2**16):
             content += chunk

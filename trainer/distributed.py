@@ -2,24 +2,25 @@
 
 import atexit
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from trainer.cli import UserError
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class World:
     """This process and the others: its rank, how many there are, and how they exchange data."""
 
     def __init__(self) -> None:
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")  # set by torchrun
+        alone = zip(names, (1, 0, 1, 0), strict=True)
+        self.size, self.rank, self.local_size, self.local_rank = (
+            int(os.environ.get(name, default)) for name, default in alone
+        )
         self.is_main = self.rank == 0  # this one prints and writes
         if self.size > 1 and not dist.is_initialized():
             gpus = torch.cuda.is_available() and dist.is_nccl_available()
@@ -32,11 +33,9 @@ class World:
             raise UserError("MPS trains in one process: start the script without torchrun")
         if self.size == 1 or device.type != "cuda":
             return device
-        if torch.cuda.device_count() < self.local_size:
-            raise UserError(
-                f"this machine has {torch.cuda.device_count()} GPUs for {self.local_size} "
-                "processes: set --nproc_per_node to that, or add --device cpu"
-            )
+        gpus = torch.cuda.device_count()
+        if gpus < self.local_size:
+            raise UserError(f"there are {gpus} GPUs: try --nproc_per_node={gpus}, or --device cpu")
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
@@ -55,11 +54,9 @@ class World:
                 result = work()
             except Exception as exception:
                 error = exception
-        result, message = self.broadcast((result, None if error is None else str(error)))
-        if error is not None:
-            raise error
-        if message is not None:
-            raise UserError(message)
+        result, message = self.broadcast((result, error and f"{type(error).__name__}: {error}"))
+        if error or message:
+            raise error or UserError(message)
         return result
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -68,23 +65,17 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def shard(self, rows: Tensor) -> Tensor:
-        """This process's rows of a batch."""
-        return rows.chunk(self.size)[self.rank]
-
-    def average_gradients(self, parameters: Iterable[Tensor], flags: list[bool]) -> list[bool]:
+    def average_gradients(self, model: nn.Module, flags: list[bool]) -> list[bool]:
         """Average the gradients over all processes; return each flag if it is set in any of them.
 
-        Both travel in one message, so that all processes know after each step whether to stop.
+        Both travel in one message, so all processes know after each step whether to stop.
         """
         if self.size == 1:
             return flags
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        signals = torch.tensor(flags, dtype=gradients[0].dtype, device=gradients[0].device)
-        message = torch.cat([signals, *(gradient.flatten() for gradient in gradients)])
-        dist.all_reduce(message)
-        sums = message[len(flags) :] / self.size
-        pieces = sums.split([gradient.numel() for gradient in gradients])
-        for gradient, piece in zip(gradients, pieces, strict=True):
-            gradient.copy_(piece.view_as(gradient))
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        first = gradients[0].new_tensor(flags)
+        message = self.all_reduce(torch.cat([first, *(each.flatten() for each in gradients)]))
+        means = (message[len(flags) :] / self.size).split([each.numel() for each in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
         return (message[: len(flags)] > 0).tolist()

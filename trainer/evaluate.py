@@ -19,19 +19,17 @@ def exact_loss(
     world: World | None = None,
 ) -> float:
     """The mean loss over a whole text, in consecutive windows of the context length."""
-    world = world or World()
-    device = next(model.parameters()).device
+    world, device = world or World(), next(model.parameters()).device
     T, was_training = model.block_size, model.training
-    model.eval()
-    idx, targets = tokens[:-1], tokens[1:]
-    whole = len(idx) // T * T
-    rows = max(1, EVALUATION_TOKENS // T)
-    windows = [part[:whole].view(-1, T).split(rows) for part in (idx, targets)]
-    last = (idx[whole:][None], targets[whole:][None])  # shorter, or empty
+    whole, rows = (len(tokens) - 1) // T * T, max(1, EVALUATION_TOKENS // T)
+    halves = tokens[:-1], tokens[1:]
+    batches = list(zip(*(half[:whole].view(-1, T).split(rows) for half in halves), strict=True))
+    if whole < len(tokens) - 1:
+        batches.append(tuple(half[None, whole:] for half in halves))  # one shorter window
     total = torch.zeros(1, dtype=torch.float64)
-    for idx, targets in [*zip(*windows, strict=True), last][world.rank :: world.size]:
-        if idx.numel():
-            _, loss = model(ids(idx).to(device), ids(targets).to(device))
-            total += loss.item() * idx.numel()
+    model.eval()
+    for idx, targets in batches[world.rank :: world.size]:
+        _, loss = model(ids(idx).to(device), ids(targets).to(device))
+        total += loss.item() * idx.numel()
     model.train(was_training)
     return world.all_reduce(total).item() / (len(tokens) - 1)

@@ -22,32 +22,24 @@ class History:
         self.pending: list[tuple[int, float, Tensor]] = []  # step, fraction of its batch, loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "rows": self.rows,
-            "loss_sum": self.loss_sum,
-            "loss_count": self.loss_count,
-            "seconds": time.perf_counter() - self.started,
-        }
+        sums = {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
+        return {"step": self.step, "rows": self.rows, **sums, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.rows = state["step"], state["rows"]
         self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
         self.started = time.perf_counter() - state["seconds"]
 
-    def start_clock(self) -> None:
-        self.started = time.perf_counter()
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
 
     @property
     def best(self) -> dict[str, float]:
         return min(self.rows, key=lambda row: row["val_loss"])
 
-    def log(self, loss: Tensor, fraction: float) -> None:
-        """Keep a loss for later: reading it now would make the GPU wait."""
-        self.pending.append((self.step + 1, fraction, loss.detach()))
-
     def collect(self, world: World) -> tuple[int, float] | None:
-        """Read the losses since the last call; return step and loss of the first bad one, if any."""
+        """Read the pending losses; return the step and loss of the first that is not finite."""
         if not self.pending:
             return None
         steps, fractions, losses = zip(*self.pending, strict=True)
@@ -61,20 +53,14 @@ class History:
         self.last_loss = losses[-1]
         return None
 
-    def train_loss(self) -> float | None:
-        """The mean over the batches since the last row; before the first batch, none."""
-        return self.loss_sum / self.loss_count if self.loss_count else None
-
     def add_row(self, train_loss: float, val_loss: float, rate: float, tokens: int) -> None:
         row = {"step": self.step, "train_loss": train_loss, "val_loss": val_loss}
-        row |= {"learning_rate": rate, "tokens": tokens}
-        self.rows.append(row | {"seconds": time.perf_counter() - self.started})
+        row |= {"learning_rate": rate, "tokens": tokens, "seconds": self.seconds}
+        self.rows.append(row)
         self.loss_sum, self.loss_count = 0.0, 0.0
 
     def __str__(self) -> str:
         """The last row."""
         row = self.rows[-1]
-        return (
-            f"step {row['step']:5}   train {row['train_loss']:.4f}   "
-            f"validation {row['val_loss']:.4f}   {row['seconds']:7.1f} s"
-        )
+        losses = f"train {row['train_loss']:.4f}   validation {row['val_loss']:.4f}"
+        return f"step {row['step']:5}   {losses}   {row['seconds']:7.1f} s"

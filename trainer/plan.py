@@ -1,22 +1,24 @@
 """What a run will do: decided, and refused if it cannot work, before it does anything."""
 
+import argparse
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common import Tokenizer
-from trainer.checkpoint import read_checkpoint, saved_config
+from trainer.checkpoint import Checkpoint, read_checkpoint, saved_config
 from trainer.cli import UserError
 from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
 from trainer.distributed import World
-from trainer.flags import Parser, Seed, check_divides, filled, flag, given, typed
+from trainer.flags import Parser, Seed, check_divides, flag, given, typed
 from trainer.folder import RunFolder, newest_run
 from trainer.machine import DeviceSettings, Machine, MachineSettings, available_device
 from trainer.sampling import SampleSettings
 
+import torch
+
 MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
-Checkpoint = dict[str, Any]
 
 
 @dataclass
@@ -40,16 +42,16 @@ class Plan:
     """All that is known about a run before its first step."""
 
     name: str  # of the stage
+    settings: Settings
     config: Any
     seed: int
-    settings: Settings
     folder: RunFolder
     machine: Machine
     corpus: Corpus
     tokenizer: Tokenizer
     init_from: str  # the run whose weights it started from, if any
     changed_on_resume: list[str]  # flags that differ from those of its start
-    note: str  # about the choice of the preset
+    note: str  # which preset, and why
 
     def header(self) -> dict[str, Any]:
         """What the run's files say about it."""
@@ -67,49 +69,52 @@ class Plan:
 
 def make_plan(
     config_class: type,
-    presets: dict[str, Any] | None,
+    presets: dict[str, Any],
     argv: list[str] | None,
     name: str | None,
     world: World,
 ) -> tuple[Plan, Checkpoint | None]:
     """The plan, and the checkpoint that the run resumes or takes its weights from."""
     options = parse(config_class, presets, argv)
-    preset = options.preset if presets else None
-    settings, chosen = filled(options, Settings), given(options, config_class)
-    name = name or script_name(config_class)
+    settings, chosen = Settings(**given(options, Settings)), given(options, config_class)
+    name = name or Path(getattr(sys.modules[config_class.__module__], "__file__", "notebook")).stem
+    folder, preset = RunFolder(name, settings.out, settings.overwrite), options.preset
     refuse_combinations(name, settings, presets, preset, world)
-    folder = RunFolder(name, settings.out, settings.overwrite)
     saved = world.on_main(lambda: read_saved(folder, settings))
-    resumed = saved if settings.resume else None
-    start, note = resumed or {"seed": 1, "init_from": str(settings.init_from or "")}, ""
-    device = resumed["device"] if resumed and settings.device == "auto" else settings.device
-    device = available_device(device)
-    if presets and not saved:
-        note = f"preset {preset}" if preset else f"preset {preset_for(device)}, chosen for {device}"
+    start = {"seed": 1, "device": "auto", "init_from": str(settings.init_from or "")}
+    start |= saved if settings.resume else {}
+    device = available_device(start["device"] if settings.device == "auto" else settings.device)
+    note = ""
+    if saved:
+        config = saved_config(config_class, saved)
+    elif presets:
+        note = f"preset {preset or preset_for(device)}" + (
+            "" if preset else f", chosen for {device}"
+        )
         config = presets[preset or preset_for(device)]
     else:
-        config = saved_config(config_class, saved) if saved else config_class()
-    changed = changes(resumed, chosen, settings, folder) if resumed else []
-    corpus = open_text(settings, resumed, world)
+        config = config_class()
+    corpus = open_text(settings, saved, world)
     tokenizer = Tokenizer(choose_vocabulary(settings, saved, corpus))
     corpus.use_vocabulary(tokenizer.vocabulary)
     settings.start_of_text(tokenizer)  # a bad --prompt is refused now rather than at the end
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
-    refuse_sizes(config, corpus, resumed, world)
-    dtype = "auto" if presets else "float32"
-    if resumed and resumed["device"] == device.type:
-        dtype = resumed["dtype"]  # or the numbers would not go on as they were
-    machine = Machine(settings, world.device(device), dtype)
     seed = start["seed"] if settings.seed is None else settings.seed
-    plan = Plan(
-        *(name, config, seed, settings, folder, machine, corpus, tokenizer),
-        *(start["init_from"], changed, note),
-    )
-    return plan, saved
+    refuse_sizes(config, corpus, world)
+    changed = changes(saved, asdict(config) | {"seed": seed}) if settings.resume else []
+    dtype = "auto" if presets else "float32"
+    if settings.resume and saved["device"] == device.type:
+        dtype = saved["dtype"]  # or the numbers would not go on as they were
+    machine = Machine(settings, world.device(device), dtype)
+    own = (folder, machine, corpus, tokenizer, start["init_from"], changed, note)
+    return Plan(name, settings, config, seed, *own), saved
 
 
-def parse(config_class: type, presets: dict[str, Any] | None, argv: list[str] | None) -> Any:
+def parse(
+    config_class: type, presets: dict[str, Any], argv: list[str] | None
+) -> argparse.Namespace:
     parser = Parser(sys.modules[config_class.__module__].__doc__ or "")
+    parser.set_defaults(preset=None)
     if presets:
         words = "a set of these values (default: small on a CPU, full on a GPU)"
         parser.add_argument("--preset", choices=presets, help=words)
@@ -120,17 +125,14 @@ def parse(config_class: type, presets: dict[str, Any] | None, argv: list[str] | 
     return parser.parse_args(argv)
 
 
-def script_name(config_class: type) -> str:
-    return Path(getattr(sys.modules[config_class.__module__], "__file__", "notebook")).stem
-
-
-def preset_for(device: Any) -> str:
-    return "small" if str(device) == "cpu" else "full"
+def preset_for(device: torch.device) -> str:
+    return "small" if device.type == "cpu" else "full"
 
 
 def refuse_combinations(
-    name: str, settings: Settings, presets: dict | None, preset: str | None, world: World
+    name: str, settings: Settings, presets: dict[str, Any], preset: str | None, world: World
 ) -> None:
+    saved = "--resume" if settings.resume else "--init-from" if settings.init_from else ""
     if world.size > 1 and not presets:
         raise UserError(f"{name}.py trains in one process: start it without torchrun")
     if settings.resume and (settings.overwrite or settings.init_from):
@@ -138,9 +140,10 @@ def refuse_combinations(
         raise UserError(f"--resume continues a run and {other} starts one: choose one of them")
     if settings.extend_vocabulary and not settings.init_from:
         raise UserError("--extend-vocabulary needs --init-from and the run to start from")
-    if preset and (settings.resume or settings.init_from):
-        word = "--resume" if settings.resume else "--init-from"
-        raise UserError(f"--preset is for a new model: {word} keeps the sizes of the saved one")
+    if preset and saved:
+        raise UserError(
+            f"--preset is for a new model, and {saved} keeps the sizes of the saved one"
+        )
 
 
 def read_saved(folder: RunFolder, settings: Settings) -> Checkpoint | None:
@@ -160,31 +163,30 @@ def read_saved(folder: RunFolder, settings: Settings) -> Checkpoint | None:
     return saved
 
 
-def changes(saved: Checkpoint, chosen: dict, settings: Settings, folder: RunFolder) -> list[str]:
+def changes(saved: Checkpoint, now: dict[str, Any]) -> list[str]:
     """The flags that differ from the run so far; only how long it takes may change."""
     before = saved["config"] | {"seed": saved["seed"]}
-    if settings.seed is not None:
-        chosen = chosen | {"seed": settings.seed}
-    differ = [name for name, value in chosen.items() if value != before.get(name)]
+    differ = [name for name in now if now[name] != before[name]]
     for name in differ:
         if name not in MAY_CHANGE_ON_RESUME:
-            was, asked = typed(name, before.get(name)), typed(name, chosen[name])
+            was, asked = typed(name, before[name]), typed(name, now[name])
             raise UserError(
-                f"the run in {folder.path} was made with {was}, not {asked}: resume it without "
-                "that flag, or start a new run"
+                f"the run was made with {was}, not {asked}: resume it without that flag"
             )
+    step = saved["parts"]["history"]["step"]
+    if now["max_iters"] < step:
+        raise UserError(f"the run is at step {step} already: --max-iters must be at least that")
     return sorted({*saved["changed_on_resume"], *map(flag, differ)})
 
 
-def open_text(settings: Settings, resumed: Checkpoint | None, world: World) -> Corpus:
-    path, saved = settings.data, resumed["corpus"] if resumed else None
-    if saved and path is None and saved["sha256"] != TINY_SHAKESPEARE_SHA256:
-        path = Path(saved["path"])  # Tiny Shakespeare is found wherever it is now
+def open_text(settings: Settings, saved: Checkpoint | None, world: World) -> Corpus:
+    path, before = settings.data, saved["corpus"] if saved and settings.resume else None
+    if before and path is None and before["sha256"] != TINY_SHAKESPEARE_SHA256:
+        path = Path(before["path"])  # Tiny Shakespeare is found wherever it is now
     corpus = open_corpus(path)
-    if saved and corpus.sha256 != saved["sha256"]:
-        raise UserError(
-            f"{corpus.path} is not the text that this run learns from ({saved['path']} as it was)"
-        )
+    if before and corpus.sha256 != before["sha256"]:
+        was = f"{before['path']} as it was then"
+        raise UserError(f"{corpus.path} is not the text that this run learns from ({was})")
     if corpus.sha256 != world.broadcast(corpus.sha256):
         raise UserError(f"{corpus.path} is not the same text in all processes")
     return corpus
@@ -195,25 +197,17 @@ def choose_vocabulary(settings: Settings, saved: Checkpoint | None, corpus: Corp
     known = saved["vocabulary"] if saved else corpus.vocabulary
     unknown = "".join(sorted(set(corpus.vocabulary) - set(known)))
     if unknown and not settings.extend_vocabulary:
-        raise UserError(
-            f"the run in {settings.init_from} does not know {len(unknown)} of the characters in "
-            f"{corpus.path}: {unknown!r}; --extend-vocabulary adds them"
-        )
+        lacks = f"lacks {len(unknown)} characters of {corpus.path}: {unknown!r}"
+        raise UserError(f"the run in {settings.init_from} {lacks}; --extend-vocabulary adds them")
     return known + unknown
 
 
-def refuse_sizes(config: Any, corpus: Corpus, resumed: Checkpoint | None, world: World) -> None:
+def refuse_sizes(config: Any, corpus: Corpus, world: World) -> None:
     check_divides(config)
-    B, T, step = config.batch_size, config.block_size, 0
-    if resumed:
-        step = resumed["parts"]["history"]["step"]
-    if config.max_iters < step:
-        raise UserError(f"the run is at step {step} already: --max-iters must be at least that")
+    B, T, path = config.batch_size, config.block_size, corpus.path
     if B % world.size:
         raise UserError(f"--batch-size {B} is not divisible by the {world.size} processes")
     shorter = min(len(corpus.train), len(corpus.validation))
     if shorter <= T:
-        raise UserError(
-            f"{corpus.path} is too short: one of its splits has {shorter} characters, and "
-            f"--block-size {T} needs at least one more than itself"
-        )
+        needs = f"--block-size {T} needs at least one more than itself"
+        raise UserError(f"{path} is too short: a split has {shorter} characters, and {needs}")

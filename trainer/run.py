@@ -1,5 +1,6 @@
 """One training run: everything around the training lines of a script."""
 
+import json
 import math
 import os
 import platform
@@ -9,17 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from common import LanguageModel, draw_batch
-from trainer.checkpoint import Part, adopt_weights, read_checkpoint, restore
+from trainer.checkpoint import adopt_weights, read_checkpoint, restore
 from trainer.cli import UserError
 from trainer.distributed import World
 from trainer.evaluate import exact_loss
-from trainer.flags import flag
+from trainer.flags import typed
 from trainer.folder import write_whole
 from trainer.history import History
 from trainer.machine import seed_for, threads
@@ -31,9 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-SECONDS_BETWEEN_SAVES = 300
-STEPS_BETWEEN_LOSSES = 20  # to read a loss is to wait for the GPU
-
+SECONDS_BETWEEN_SAVES, STEPS_BETWEEN_LOSSES = 300, 20  # to read a loss is to wait for the GPU
 Batch = tuple[Tensor, Tensor]  # idx and targets
 
 
@@ -42,7 +41,8 @@ class Run:
 
     A script reads `config`, `device` and `step`, takes its batches from `batches`, gives every loss
     to `log`, and calls `finish`. `presets` declares that a stage scales: its script also divides
-    batches by `micro_batches`, computes under `autocast`, and has the flags for that.
+    batches by `micro_batches`, has matrix products in the run's dtype by `autocast`, and has the
+    flags for that.
     """
 
     def __init__(
@@ -53,21 +53,19 @@ class Run:
         name: str | None = None,
     ) -> None:
         self.world = World()
-        self.plan, self.saved = make_plan(config_class, presets, argv, name, self.world)
-        self.config, self.machine = self.plan.config, self.plan.machine
-        self.device, self.folder = self.machine.device, self.plan.folder
-        self.history = History()
-        self.parts: dict[str, Part] = {"history": self.history, "scaler": self.machine.scaler}
+        self.plan, self.saved = make_plan(config_class, presets or {}, argv, name, self.world)
+        self.config, self.folder = self.plan.config, self.plan.folder
+        self.machine, self.device = self.plan.machine, self.plan.machine.device
+        self.autocast, self.history = self.machine.autocast, History()
         self.model: LanguageModel | None = None
         self.optimizers: tuple[Optimizer, ...] = ()
+        self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
         self.bar = tqdm(disable=True)
         self.signals = [False, False]  # whether to stop and whether to save after this step
-        self.first_step, self.saved_step = 0, 0
-        self.saved_at = self.marked_at = time.perf_counter()
-        self.computing = 0.0  # seconds since the first step, without evaluations
+        self.saved_step, self.saved_at = 0, time.perf_counter()
+        self.first_step, self.computing = 0, 0.0  # seconds since then, without evaluations
         self.fraction = 1.0  # how much of its batch the current micro-batch is
-        self.all_threads = torch.get_num_threads()
-        self.micro_batch_count = 1
+        self.all_threads, self.micro_batch_count = torch.get_num_threads(), 1
         if presets:
             rows, row = self.config.batch_size // self.world.size, self.config.block_size
             self.micro_batch_count = self.machine.micro_batches(rows, row * self.config.n_embd)
@@ -80,25 +78,25 @@ class Run:
     def batches(self, model: LanguageModel, *optimizers: Optimizer) -> Iterator[Batch]:
         """Yield batches to train on; in between evaluate, save, and heed Ctrl-C."""
         self.model, self.optimizers = model, optimizers
-        total, interval = self.config.max_iters, self.config.eval_interval
-        step_threads = self.machine.threads(model, self.config.batch_size * self.config.block_size)
-        quiet = None if self.world.is_main else True  # None: on a terminal only
+        total, tokens = self.config.max_iters, self.config.batch_size * self.config.block_size
+        quiet = None if self.world.is_main else True  # None: shown on a terminal only
         with (
-            threads(step_threads),
-            interrupts(self.world.is_main) as interrupted,
+            threads(self.machine.threads(model, tokens)),
+            interrupts() as interrupted,
             tqdm(total=total, disable=quiet, unit="step") as self.bar,
         ):
             self.start()
             while self.step < total:
-                due = time.perf_counter() - self.saved_at > SECONDS_BETWEEN_SAVES
-                self.signals = [bool(interrupted), due]
+                began = time.perf_counter()
+                self.signals = [bool(interrupted), began - self.saved_at > SECONDS_BETWEEN_SAVES]
                 yield self.batch(self.step)
                 self.history.step += 1
                 self.bar.update()
-                stop, save = self.signals
                 if self.step % STEPS_BETWEEN_LOSSES == 0:
                     self.read_losses()
-                if self.step % interval == 0 or self.step == total:
+                self.computing += time.perf_counter() - began
+                stop, save = self.signals
+                if self.step % self.config.eval_interval == 0 or self.step == total:
                     self.evaluate()
                     self.save()
                     self.say(str(self.history))
@@ -109,38 +107,40 @@ class Run:
                     self.say(f"stopped at step {self.step}; to resume: {resume_command(self)}")
                     raise SystemExit(130)
 
-    def micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Divide a batch into parts that fit in memory or cache, each with its weight in the loss.
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Divide a batch into parts that fit in memory or cache: idx, targets and their weight.
 
         The weight is the part's fraction of the batch, times the loss scale where float16 needs
-        one. After the last part the gradients are averaged over all processes, and unscaled.
+        one. After the last part, the gradients are averaged over all processes and unscaled.
         """
+        scaler = self.machine.scaler
         parts = zip(*(half.tensor_split(self.micro_batch_count) for half in batch), strict=True)
         for idx, targets in parts:
             self.fraction = len(idx) / len(batch[0])
-            yield idx, targets, self.fraction * self.machine.scaler.scale
+            yield idx, targets, scaler.scale(torch.tensor(self.fraction, device=self.device))
         self.fraction = 1.0
-        self.signals = self.world.average_gradients(self.model.parameters(), self.signals)
-        self.machine.scaler.unscale(self.model)
-
-    def autocast(self) -> AbstractContextManager:
-        """Inside, matrix products take their inputs in the run's dtype."""
-        return self.machine.autocast()
+        self.signals = self.world.average_gradients(self.model, self.signals)
+        if scaler.is_enabled():
+            before = scaler.get_scale()
+            for optimizer in self.optimizers:
+                scaler.unscale_(optimizer)
+            scaler.update()
+            if scaler.get_scale() < before:  # a gradient overflowed: this step is skipped,
+                self.model.zero_grad()  # since optimizers ignore weights without a gradient
 
     def log(self, loss: Tensor) -> None:
         """Count the loss of a batch, or of a micro-batch, towards the next row of losses.csv."""
-        self.history.log(loss, self.fraction)
+        self.history.pending.append((self.step + 1, self.fraction, loss.detach()))
 
     def finish(self) -> None:
         """Print the result, and a sample from the best weights."""
         if not self.world.is_main:
             return
-        best, plan = self.history.best, self.plan
+        best, plan, bits = self.history.best, self.plan, self.history.best["val_loss"] / math.log(2)
         print(
-            f"best validation loss {best['val_loss']:.4f} "
-            f"({best['val_loss'] / math.log(2):.3f} bits per character) "
-            f"at step {best['step']} after {best['seconds']:.1f} s"
+            f"best validation loss {best['val_loss']:.4f} ({bits:.3f} bits per character)", end=""
         )
+        print(f" at step {best['step']} after {best['seconds']:.1f} s")
         if self.step > self.first_step:
             seconds = self.computing / (self.step - self.first_step)
             speed = self.config.batch_size * self.config.block_size / seconds
@@ -154,15 +154,13 @@ class Run:
         write_whole(self.folder.path / "sample.txt", text.encode("utf-8"))
 
     def start(self) -> None:
-        """Load what was saved, try one step, evaluate; only then claim the folder and write."""
-        plan, parameters = self.plan, sum(p.numel() for p in self.model.parameters())
+        """Load what was saved, try a step, evaluate; only then claim the folder and write."""
+        plan, parameters = self.plan, sum(each.numel() for each in self.model.parameters())
         optimizers = {f"optimizer {i}": each for i, each in enumerate(self.optimizers)}
         self.parts |= {"model": self.model, **optimizers}
         several = f" in {self.world.size} processes" if self.world.size > 1 else ""
-        self.say(
-            f"{plan.name}: {parameters:,} parameters on {self.device.type}{several}, in "
-            f"{self.machine.dtype_name}; text {plan.corpus}"
-        )
+        where = f"{self.device.type}{several}, {self.machine.dtype_name}"
+        self.say(f"{plan.name}: {parameters:,} parameters, on {where}\n{plan.corpus}")
         self.say(plan.note)
         if plan.settings.resume:
             restore(self.saved, self.parts)
@@ -172,20 +170,19 @@ class Run:
             self.say(f"starts from the weights of {plan.init_from}")
         self.saved = None  # frees its memory
         self.machine.prepare(self.model, self.try_step, self.say)
-        self.first_step, self.bar.n = self.step, self.step
+        self.first_step = self.bar.n = self.step
         if not plan.settings.resume:
-            self.history.start_clock()
+            self.history.started = time.perf_counter()
             self.evaluate()
             self.folder.path, taken = self.world.on_main(self.folder.claim)
             self.say(f"{taken} is taken, so this run goes to {self.folder.path}" if taken else "")
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        extra = {"processes": self.world.size, "compiled": self.machine.compiled}
-        config = plan.header() | extra | {"parameters": parameters, "versions": versions}
-        self.world.on_main(lambda: self.folder.write_config(config))
+        config = plan.header() | {"processes": self.world.size, "compiled": self.machine.compiled}
+        config |= {"parameters": parameters, "versions": versions}
+        content = json.dumps(config, indent=2).encode("utf-8")
+        self.world.on_main(lambda: write_whole(self.folder.path / "config.json", content))
         self.save()
-        self.say(f"run folder {self.folder.path}")
-        self.say(str(self.history))
-        self.computing = 0.0
+        self.say(f"run folder {self.folder.path}\n{self.history}")
 
     def try_step(self) -> None:
         """The passes of one micro-batch, to run out of memory now if ever; they leave no trace."""
@@ -193,24 +190,20 @@ class Run:
         with self.autocast():
             _, loss = self.model(idx, targets)
         loss.backward()
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad()
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of a step's batch, and the seed of this step's dropout."""
+        """This process's rows of a step's batch; dropout is seeded for that step too."""
         generator = torch.Generator().manual_seed(seed_for(self.plan.seed, step, "batch"))
-        T, B, corpus = self.config.block_size, self.config.batch_size, self.plan.corpus
-        halves = draw_batch(corpus.train, T, B, generator)
-        self.machine.seed(seed_for(self.plan.seed, step, self.world.rank))
-        return tuple(self.machine.send(self.world.shard(corpus.ids(half))) for half in halves)
+        corpus, rank, size = self.plan.corpus, self.world.rank, self.config.batch_size
+        batch = draw_batch(corpus.train, self.config.block_size, size, generator)
+        self.machine.seed(seed_for(self.plan.seed, step, rank))
+        own = slice(rank * size // self.world.size, (rank + 1) * size // self.world.size)
+        return tuple(self.machine.send(corpus.ids(half[own])) for half in batch)
 
     def read_losses(self) -> None:
-        """Add up the losses since the last time, and refuse to go on with one that is not finite."""
-        bad = self.history.collect(self.world)
-        now = time.perf_counter()
-        self.computing += now - self.marked_at
-        self.marked_at = now
-        if bad:
+        """Add up the losses since the last time; one that is not finite ends the run."""
+        if bad := self.history.collect(self.world):
             raise self.diverged(f"the loss became {bad[1]} at step {bad[0]}")
         self.bar.set_postfix_str(f"loss {self.history.last_loss:.3f}", refresh=False)
 
@@ -220,16 +213,15 @@ class Run:
         corpus, history = self.plan.corpus, self.history
         with threads(self.all_threads), self.autocast(), self.machine.eager():
             val_loss = exact_loss(self.model, corpus.validation, corpus.ids, self.world)
-            train_loss = history.train_loss()
-            if train_loss is None:  # before the first batch: on as much text as for validation
+            if history.loss_count:
+                train_loss = history.loss_sum / history.loss_count
+            else:  # before the first batch: the loss on as much text as there is for validation
                 first_part = corpus.train[: len(corpus.validation)]
                 train_loss = exact_loss(self.model, first_part, corpus.ids, self.world)
         if not math.isfinite(val_loss):
             raise self.diverged(f"the validation loss became {val_loss} by step {self.step}")
         tokens = self.step * self.config.batch_size * self.config.block_size
-        rate = self.optimizers[0].param_groups[0]["lr"]
-        history.add_row(train_loss, val_loss, rate, tokens)
-        self.marked_at = time.perf_counter()
+        history.add_row(train_loss, val_loss, self.optimizers[0].param_groups[0]["lr"], tokens)
 
     def save(self) -> None:
         """Write the complete state, and losses.csv."""
@@ -239,53 +231,44 @@ class Run:
         header = self.plan.header() | {"vocabulary": self.plan.tokenizer.vocabulary}
         self.world.on_main(lambda: self.folder.save(header, self.parts, self.history))
         self.saved_step, self.saved_at = self.step, time.perf_counter()
-        self.marked_at = self.saved_at
 
     def diverged(self, what: str) -> UserError:
-        advice = "try a smaller --learning-rate"
-        if self.machine.dtype != torch.float32:
-            advice += ", or --precision float32"
-        if self.history.rows:
-            advice += (
-                f"; {self.folder.path} keeps step {self.saved_step} in checkpoint.pt and step "
-                f"{self.history.best['step']} in best.pt"
-            )
-        return UserError(f"{what}: {advice}")
+        lower = "" if self.machine.dtype == torch.float32 else ", or --precision float32"
+        kept = f"; {self.folder.path} keeps step {self.saved_step}" if self.history.rows else ""
+        return UserError(f"{what}: try a smaller --learning-rate{lower}{kept}")
 
     def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
+        """Print above the progress bar."""
         if self.world.is_main and line:
             self.bar.write(line)
 
 
 def resume_command(run: Run) -> str:
     """What to type in this folder, with this Python."""
-    python = Path(sys.executable)
+    python, settings = Path(sys.executable), run.plan.settings
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
     words = [str(python), sys.argv[0], "--resume", "--out", str(run.folder.path)]
     if run.world.size > 1:
         words[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={run.world.local_size}"]
     for each in fields(SampleSettings):
-        if (value := getattr(run.plan.settings, each.name)) != each.default:
-            words += [flag(each.name), str(value)]
+        if (value := getattr(settings, each.name)) != each.default:
+            words += typed(each.name, value).split(" ", maxsplit=1)
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 @contextmanager
-def interrupts(is_main: bool) -> Iterator[list[int]]:
+def interrupts() -> Iterator[list[int]]:
     """Collect the first Ctrl-C instead of ending; a second one ends the program as usual."""
     received = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def receive(number: int, _: object) -> None:
         received.append(number)
-        if is_main:  # os.write, because print may not be called here
+        if os.environ.get("RANK", "0") == "0":  # os.write, because print may not be called here
             os.write(2, b"\nstopping after this step; once more stops at once\n")
         signal.signal(number, before[number])
 
-    for number in before:
-        signal.signal(number, receive)
+    before = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

@@ -21,14 +21,11 @@ class SampleSettings:
 
     def start_of_text(self, tokenizer: Tokenizer) -> str:
         """The prompt, checked; without one, the start of a line."""
-        unknown = [each for each in self.prompt if each not in tokenizer.ids]
-        if unknown:
-            raise UserError(
-                f"--prompt: the character {unknown[0]!r} (U+{ord(unknown[0]):04X}) does not occur "
-                "in the text that the model was trained on"
-            )
-        start = "\n" if "\n" in tokenizer.ids else tokenizer.vocabulary[0]
-        return self.prompt or start
+        for each in self.prompt:
+            if each not in tokenizer.ids:
+                known = "which the text that the model was trained on does not have"
+                raise UserError(f"--prompt has the character {each!r} (U+{ord(each):04X}), {known}")
+        return self.prompt or ("\n" if "\n" in tokenizer.ids else tokenizer.vocabulary[0])
 
 
 def generate(
@@ -44,7 +41,7 @@ def generate(
     """Yield `length` characters that continue the prompt, each as soon as it is sampled.
 
     A model with a KV cache computes each character once; `cached=False` gives the same text
-    slowly. Where the cache cannot slide, a text that outgrows the context goes on from its
+    slowly. Where the cache cannot slide, a text that outgrows the context restarts from its
     second half.
     """
     device = next(model.parameters()).device
@@ -65,16 +62,14 @@ def generate(
         yield tokenizer.decode(ids[-1:])
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
-) -> int:
+def choose(logits: Tensor, temperature: float, top_k: int | None, random: torch.Generator) -> int:
     """Sample the next id from its V logits."""
     if temperature == 0:
         return int(logits.argmax())
     logits, candidates = logits.topk(min(top_k or len(logits), len(logits)))
     # With 0 as the largest logit, and in double precision, no temperature is too small.
     probabilities = F.softmax((logits - logits[0]).double() / temperature, dim=0)
-    return int(candidates[torch.multinomial(probabilities, 1, generator=generator)])
+    return int(candidates[torch.multinomial(probabilities, 1, generator=random)])
 
 
 def print_sample(
@@ -82,16 +77,9 @@ def print_sample(
 ) -> str:
     """Print the prompt and its continuation, character by character; return both."""
     text = settings.start_of_text(tokenizer)
+    how = (settings.sample_length, settings.temperature, settings.top_k, seed)
     print(text, end="")
-    for character in generate(
-        model,
-        tokenizer,
-        text,
-        settings.sample_length,
-        settings.temperature,
-        settings.top_k,
-        seed,
-    ):
+    for character in generate(model, tokenizer, text, *how):
         text += character
         print(character, end="", flush=True)
     print()
