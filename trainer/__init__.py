@@ -12,13 +12,5 @@ from trainer.cli import UserError, cli
 from trainer.flags import Divides, Fraction, NonNegative, NonNegativeInt, PositiveFraction
 from trainer.run import Run
 
-__all__ = [
-    "Divides",
-    "Fraction",
-    "NonNegative",
-    "NonNegativeInt",
-    "PositiveFraction",
-    "Run",
-    "UserError",
-    "cli",
-]
+__all__ = ["Divides", "Fraction", "NonNegative", "NonNegativeInt", "PositiveFraction"]
+__all__ += ["Run", "UserError", "cli"]

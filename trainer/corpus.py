@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 DATA = Path(pocket_play.__file__).parent
-TINY_SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
+TINY_SHAKESPEARE_URL = f"{CHAR_RNN}/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -43,11 +42,6 @@ class Corpus:
 
     def ids(self, tokens: Tensor) -> Tensor:
         return tokens.long() if self.table is None else self.table[tokens.long()]
-
-    def record(self) -> dict[str, str]:
-        """What a run's files say about its text."""
-        path = str(Path(self.path).resolve())
-        return {"name": self.name, "path": path, "sha256": self.sha256}
 
     def known_entropy(self) -> float | None:
         """The loss that no model can beat on average; known for Pocket Play alone."""
@@ -72,8 +66,7 @@ def open_corpus(path: Path | None) -> Corpus:
     except OSError as error:
         raise UserError(f"cannot read the text {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        place = f"byte {error.start} starts no character"
-        raise UserError(f"{path} is not UTF-8 text ({place}): save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
     if not text:
         raise UserError(f"the text {path} is empty")
     tokenizer = Tokenizer(text)
@@ -100,11 +93,9 @@ def default_corpus() -> Path:
     if not fallback.exists():
         write_whole(fallback, pocket_play.play().encode("utf-8"))
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"cannot download Tiny Shakespeare ({reason}): using the built-in Pocket Play instead; "
-            f"losses are not comparable. To get it, save {TINY_SHAKESPEARE_URL} as {path}",
-            file=sys.stderr,
-        )
+        instead = "using the built-in Pocket Play instead; losses are not comparable"
+        print(f"cannot download Tiny Shakespeare ({reason}): {instead}.", file=sys.stderr)
+        print(f"To get it, save {TINY_SHAKESPEARE_URL} as {path}", file=sys.stderr)
     return fallback
 
 

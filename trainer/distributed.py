@@ -65,6 +65,10 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def shard(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch."""
+        return rows.chunk(self.size)[self.rank]
+
     def average_gradients(self, model: nn.Module, flags: list[bool]) -> list[bool]:
         """Average the gradients over all processes; return each flag if it is set in any of them.
 

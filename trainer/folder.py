@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import os
 import re
 import time
@@ -27,16 +28,14 @@ class RunFolder:
 
     def refuse_to_replace(self) -> None:
         if self.path and holds_run(self.path) and not self.overwrite:
-            raise UserError(
-                f"{self.path} already holds a run: --resume continues it, --overwrite replaces it, "
-                "another --out keeps both"
-            )
+            choices = "--resume continues it, --overwrite replaces it, another --out keeps it"
+            raise UserError(f"{self.path} already holds a run: {choices}")
 
     def claim(self) -> tuple[Path, Path | None]:
         """Make the folder, or empty it of an older run; return it, and the last one not free."""
         try:
             if self.path is None:
-                return self.make_free()
+                return make_free_folder(self.name)
             self.path.mkdir(parents=True, exist_ok=True)
             for name in RUN_FILES:
                 (self.path / name).unlink(missing_ok=True)
@@ -44,16 +43,8 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write the run's folder: {error}") from None
 
-    def make_free(self) -> tuple[Path, Path | None]:
-        Path("runs").mkdir(exist_ok=True)
-        taken = None
-        for number in itertools.count(1):
-            path = Path("runs", self.name if number == 1 else f"{self.name}-{number}")
-            try:
-                path.mkdir()
-                return path, taken
-            except FileExistsError:
-                taken = path
+    def write_config(self, config: dict[str, Any]) -> None:
+        write_whole(self.path / "config.json", json.dumps(config, indent=2).encode("utf-8"))
 
     def save(self, header: dict[str, Any], parts: dict[str, Any], history: History) -> None:
         """Write the complete state, the weights if they are the best so far, and losses.csv."""
@@ -64,6 +55,17 @@ class RunFolder:
             write_whole(self.path / "best.pt", content)
         write_whole(self.path / "checkpoint.pt", to_bytes(header, parts))
         write_whole(self.path / "losses.csv", losses_csv(history.rows))
+
+
+def make_free_folder(name: str, taken: Path | None = None) -> tuple[Path, Path | None]:
+    Path("runs").mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        path = Path("runs", name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+            return path, taken
+        except FileExistsError:
+            taken = path
 
 
 def holds_run(folder: Path) -> bool:

@@ -23,16 +23,13 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         sums = {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
-        return {"step": self.step, "rows": self.rows, **sums, "seconds": self.seconds}
+        seconds = time.perf_counter() - self.started
+        return {"step": self.step, "rows": self.rows, **sums, "seconds": seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.rows = state["step"], state["rows"]
         self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
         self.started = time.perf_counter() - state["seconds"]
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
 
     @property
     def best(self) -> dict[str, float]:
@@ -55,8 +52,8 @@ class History:
 
     def add_row(self, train_loss: float, val_loss: float, rate: float, tokens: int) -> None:
         row = {"step": self.step, "train_loss": train_loss, "val_loss": val_loss}
-        row |= {"learning_rate": rate, "tokens": tokens, "seconds": self.seconds}
-        self.rows.append(row)
+        row |= {"learning_rate": rate, "tokens": tokens}
+        self.rows.append(row | {"seconds": time.perf_counter() - self.started})
         self.loss_sum, self.loss_count = 0.0, 0.0
 
     def __str__(self) -> str:

@@ -15,12 +15,8 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         # A CPU draws random numbers slowly, so each one, of 64 bits, is cut into four of 16 bits,
         # from -2**15 to 2**15 - 1. An activation is dropped if its number is among the lowest.
-        draws = (
-            torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-            .random_(-(2**63), None)
-            .view(torch.int16)[: x.numel()]
-            .view(x.shape)
-        )
+        draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
         keep = draws >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
         return x * keep.to(x.dtype).div_(1 - self.p)
 
@@ -33,31 +29,23 @@ def attention(
     The T queries belong to the last T of the S keys. Each sees itself and what comes before it,
     `window` positions in all.
     """
-    T, S, D = query.shape[-2], key.shape[-2], key.shape[-1]
-    is_causal = T == S and (window is None or window >= S)
-    # One query sees every key that the cache has kept for it: nothing to mask.
-    is_last = T == 1 and (window is None or window >= S)
+    (T, D), S = query.shape[-2:], key.shape[-2]
+    on_gpu, window = query.device.type != "cpu", window or S
+    is_causal = on_gpu and T == S <= window  # the usual mask, which PyTorch knows by itself
     mask = None
-    if not (is_last or is_causal and query.device.type != "cpu"):
-        mask = causal_mask(T, S, window or S, query.dtype, query.device)
-    if query.device.type != "cpu":  # a GPU is faster without storing the weights
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout.p if dropout.training else 0.0,
-            is_causal=is_causal and not is_last,
-        )
+    if not is_causal and not (T == 1 and window >= S):  # one query may see all that is cached
+        mask = causal_mask(T, S, window, query.dtype, query.device)
+    if on_gpu:  # faster without storing the weights
+        p = dropout.p if dropout.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
     # A CPU is faster step by step, and when it scales the queries instead of the scores.
     scores = (query * D**-0.5) @ key.transpose(-2, -1)  # (B, H, T, S)
-    if mask is not None:
-        scores = scores + mask
+    scores = scores if mask is None else scores + mask
     return dropout(F.softmax(scores, dim=-1)) @ value  # (B, H, T, D)
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # training uses it too
+@torch.inference_mode(False)  # a mask made while sampling may serve in training
 def causal_mask(T: int, S: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What to add to the scores: 0 where a query may look, minus infinity elsewhere."""
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)

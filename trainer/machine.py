@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from common import pick_device
 from trainer.cli import UserError, is_out_of_memory
@@ -76,15 +76,16 @@ class Machine:
             self.compiled = False
             trial()
 
-    def micro_batches(self, rows: int, row_size: int) -> int:
-        """The number of micro-batches for a batch, where each row has that many activations."""
-        fitting = max(1, CACHE_ACTIVATIONS // row_size) if self.device.type == "cpu" else rows
-        return min(rows, max(self.grad_accumulation, math.ceil(rows / fitting)))
+    def micro_batches(self, rows: int, config: Any) -> int:
+        """How many micro-batches to divide the rows of a batch into."""
+        fitting = max(1, CACHE_ACTIVATIONS // (config.block_size * config.n_embd))
+        count = math.ceil(rows / fitting) if self.device.type == "cpu" else 1
+        return min(rows, max(self.grad_accumulation, count))
 
-    def threads(self, model: nn.Module, tokens: int) -> int:
+    def threads(self, model: nn.Module, config: Any) -> int:
         """How many threads a training step should use."""
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        return 1 if parameters * tokens <= SMALL_STEP else torch.get_num_threads()
+        work = sum(p.numel() for p in model.parameters()) * config.batch_size * config.block_size
+        return 1 if work <= SMALL_STEP else torch.get_num_threads()
 
     def seed(self, value: int) -> None:
         """Seed what dropout draws from on this device."""
@@ -99,11 +100,9 @@ class Machine:
 
 
 def available_device(name: str) -> torch.device:
-    device = pick_device(name)
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(device.type, True):
+    if name not in ("auto", "cpu", pick_device().type):
         raise UserError(f"PyTorch finds no {name} device on this machine; try --device auto")
-    return device
+    return pick_device(name)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -1,7 +1,7 @@
 """What a run will do: decided, and refused if it cannot work, before it does anything."""
 
-import argparse
 import sys
+from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ from trainer.checkpoint import Checkpoint, read_checkpoint, saved_config
 from trainer.cli import UserError
 from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
 from trainer.distributed import World
-from trainer.flags import Parser, Seed, check_divides, flag, given, typed
+from trainer.flags import Parser, Seed, check_divides, flag, given
 from trainer.folder import RunFolder, newest_run
 from trainer.machine import DeviceSettings, Machine, MachineSettings, available_device
 from trainer.sampling import SampleSettings
 
-import torch
-
 MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
+Presets = dict[str, Any]
 
 
 @dataclass
@@ -55,45 +54,33 @@ class Plan:
 
     def header(self) -> dict[str, Any]:
         """What the run's files say about it."""
-        return {
-            "stage": self.name,
-            "config": asdict(self.config),
-            "seed": self.seed,
-            "init_from": self.init_from,
-            "changed_on_resume": self.changed_on_resume,
-            "device": self.machine.device.type,
-            "dtype": self.machine.dtype_name,
-            "corpus": self.corpus.record(),
-        }
+        own = {each: getattr(self, each) for each in ("seed", "init_from", "changed_on_resume")}
+        machine = {"device": self.machine.device.type, "dtype": self.machine.dtype_name}
+        path = str(Path(self.corpus.path).resolve())
+        text = {"name": self.corpus.name, "path": path, "sha256": self.corpus.sha256}
+        return {"stage": self.name, "config": asdict(self.config), **own, **machine, "corpus": text}
 
 
 def make_plan(
-    config_class: type,
-    presets: dict[str, Any],
-    argv: list[str] | None,
-    name: str | None,
-    world: World,
+    config_class: type, presets: Presets, argv: list[str] | None, name: str | None, world: World
 ) -> tuple[Plan, Checkpoint | None]:
     """The plan, and the checkpoint that the run resumes or takes its weights from."""
-    options = parse(config_class, presets, argv)
+    module = sys.modules[config_class.__module__]
+    name = name or Path(getattr(module, "__file__", "notebook")).stem
+    options = parse(module.__doc__ or "", config_class, presets, argv)
     settings, chosen = Settings(**given(options, Settings)), given(options, config_class)
-    name = name or Path(getattr(sys.modules[config_class.__module__], "__file__", "notebook")).stem
-    folder, preset = RunFolder(name, settings.out, settings.overwrite), options.preset
-    refuse_combinations(name, settings, presets, preset, world)
+    folder = RunFolder(name, settings.out, settings.overwrite)
+    refuse_combinations(name, settings, presets, options.preset, world)
     saved = world.on_main(lambda: read_saved(folder, settings))
     start = {"seed": 1, "device": "auto", "init_from": str(settings.init_from or "")}
     start |= saved if settings.resume else {}
     device = available_device(start["device"] if settings.device == "auto" else settings.device)
-    note = ""
     if saved:
-        config = saved_config(config_class, saved)
-    elif presets:
-        note = f"preset {preset or preset_for(device)}" + (
-            "" if preset else f", chosen for {device}"
-        )
-        config = presets[preset or preset_for(device)]
+        config, note = saved_config(config_class, saved), ""
     else:
-        config = config_class()
+        preset = options.preset or preset_for(device.type)
+        note = f"; preset {preset}" + ("" if options.preset else f", chosen for {device.type}")
+        config, note = (presets[preset], note) if presets else (config_class(), "")
     corpus = open_text(settings, saved, world)
     tokenizer = Tokenizer(choose_vocabulary(settings, saved, corpus))
     corpus.use_vocabulary(tokenizer.vocabulary)
@@ -101,7 +88,8 @@ def make_plan(
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
     seed = start["seed"] if settings.seed is None else settings.seed
     refuse_sizes(config, corpus, world)
-    changed = changes(saved, asdict(config) | {"seed": seed}) if settings.resume else []
+    now = asdict(config) | {"seed": seed}
+    changed = changes(saved, now, folder.path) if settings.resume else []
     dtype = "auto" if presets else "float32"
     if settings.resume and saved["device"] == device.type:
         dtype = saved["dtype"]  # or the numbers would not go on as they were
@@ -110,10 +98,8 @@ def make_plan(
     return Plan(name, settings, config, seed, *own), saved
 
 
-def parse(
-    config_class: type, presets: dict[str, Any], argv: list[str] | None
-) -> argparse.Namespace:
-    parser = Parser(sys.modules[config_class.__module__].__doc__ or "")
+def parse(doc: str, config_class: type, presets: Presets, argv: list[str] | None) -> Namespace:
+    parser = Parser(doc)
     parser.set_defaults(preset=None)
     if presets:
         words = "a set of these values (default: small on a CPU, full on a GPU)"
@@ -125,25 +111,24 @@ def parse(
     return parser.parse_args(argv)
 
 
-def preset_for(device: torch.device) -> str:
-    return "small" if device.type == "cpu" else "full"
+def preset_for(device: str) -> str:
+    return "small" if device == "cpu" else "full"
 
 
 def refuse_combinations(
-    name: str, settings: Settings, presets: dict[str, Any], preset: str | None, world: World
+    name: str, settings: Settings, presets: Presets, preset: str | None, world: World
 ) -> None:
-    saved = "--resume" if settings.resume else "--init-from" if settings.init_from else ""
-    if world.size > 1 and not presets:
-        raise UserError(f"{name}.py trains in one process: start it without torchrun")
-    if settings.resume and (settings.overwrite or settings.init_from):
-        other = "--overwrite" if settings.overwrite else "--init-from"
-        raise UserError(f"--resume continues a run and {other} starts one: choose one of them")
-    if settings.extend_vocabulary and not settings.init_from:
-        raise UserError("--extend-vocabulary needs --init-from and the run to start from")
-    if preset and saved:
-        raise UserError(
-            f"--preset is for a new model, and {saved} keeps the sizes of the saved one"
-        )
+    resume, init_from, overwrite = settings.resume, settings.init_from, settings.overwrite
+    for is_wrong, message in (
+        (world.size > 1 and not presets, f"{name}.py trains in one process: do without torchrun"),
+        (resume and overwrite, "--resume continues a run and --overwrite replaces it: choose one"),
+        (resume and init_from, "--resume continues a run and --init-from starts one: choose one"),
+        (settings.extend_vocabulary and not init_from, "--extend-vocabulary needs --init-from"),
+        (preset and resume, "--preset is for a new model: --resume keeps the sizes of the run"),
+        (preset and init_from, "--preset is for a new model: --init-from keeps the sizes"),
+    ):
+        if is_wrong:
+            raise UserError(message)
 
 
 def read_saved(folder: RunFolder, settings: Settings) -> Checkpoint | None:
@@ -163,17 +148,14 @@ def read_saved(folder: RunFolder, settings: Settings) -> Checkpoint | None:
     return saved
 
 
-def changes(saved: Checkpoint, now: dict[str, Any]) -> list[str]:
+def changes(saved: Checkpoint, now: dict[str, Any], path: Path) -> list[str]:
     """The flags that differ from the run so far; only how long it takes may change."""
-    before = saved["config"] | {"seed": saved["seed"]}
-    differ = [name for name in now if now[name] != before[name]]
+    before, step = saved["config"] | {"seed": saved["seed"]}, saved["parts"]["history"]["step"]
+    differ = [name for name in now if now[name] != before.get(name, now[name])]
     for name in differ:
         if name not in MAY_CHANGE_ON_RESUME:
-            was, asked = typed(name, before[name]), typed(name, now[name])
-            raise UserError(
-                f"the run was made with {was}, not {asked}: resume it without that flag"
-            )
-    step = saved["parts"]["history"]["step"]
+            was = f"{flag(name)} {before[name]}, not {now[name]}"
+            raise UserError(f"the run in {path} was made with {was}: resume it without that flag")
     if now["max_iters"] < step:
         raise UserError(f"the run is at step {step} already: --max-iters must be at least that")
     return sorted({*saved["changed_on_resume"], *map(flag, differ)})
@@ -185,8 +167,7 @@ def open_text(settings: Settings, saved: Checkpoint | None, world: World) -> Cor
         path = Path(before["path"])  # Tiny Shakespeare is found wherever it is now
     corpus = open_corpus(path)
     if before and corpus.sha256 != before["sha256"]:
-        was = f"{before['path']} as it was then"
-        raise UserError(f"{corpus.path} is not the text that this run learns from ({was})")
+        raise UserError(f"{corpus.path} is not the text of this run, {before['path']} as it was")
     if corpus.sha256 != world.broadcast(corpus.sha256):
         raise UserError(f"{corpus.path} is not the same text in all processes")
     return corpus
@@ -204,10 +185,9 @@ def choose_vocabulary(settings: Settings, saved: Checkpoint | None, corpus: Corp
 
 def refuse_sizes(config: Any, corpus: Corpus, world: World) -> None:
     check_divides(config)
-    B, T, path = config.batch_size, config.block_size, corpus.path
-    if B % world.size:
-        raise UserError(f"--batch-size {B} is not divisible by the {world.size} processes")
+    if config.batch_size % world.size:
+        raise UserError(f"--batch-size must be divisible by the {world.size} processes")
     shorter = min(len(corpus.train), len(corpus.validation))
-    if shorter <= T:
-        needs = f"--block-size {T} needs at least one more than itself"
-        raise UserError(f"{path} is too short: a split has {shorter} characters, and {needs}")
+    if shorter <= config.block_size:
+        needs = f"--block-size {config.block_size} needs at least one more"
+        raise UserError(f"{corpus.path} is too short: a split has {shorter} characters, {needs}")

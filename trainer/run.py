@@ -1,10 +1,8 @@
 """One training run: everything around the training lines of a script."""
 
-import json
 import math
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from trainer.checkpoint import adopt_weights, read_checkpoint, restore
 from trainer.cli import UserError
 from trainer.distributed import World
 from trainer.evaluate import exact_loss
-from trainer.flags import typed
+from trainer.flags import flag
 from trainer.folder import write_whole
 from trainer.history import History
 from trainer.machine import seed_for, threads
@@ -32,7 +30,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-SECONDS_BETWEEN_SAVES, STEPS_BETWEEN_LOSSES = 300, 20  # to read a loss is to wait for the GPU
+SECONDS_BETWEEN_SAVES = 300
+STEPS_BETWEEN_LOSSES = 20  # to read a loss is to wait for the GPU
 Batch = tuple[Tensor, Tensor]  # idx and targets
 
 
@@ -40,9 +39,8 @@ class Run:
     """A training run, from the command line to the sample at its end.
 
     A script reads `config`, `device` and `step`, takes its batches from `batches`, gives every loss
-    to `log`, and calls `finish`. `presets` declares that a stage scales: its script also divides
-    batches by `micro_batches`, has matrix products in the run's dtype by `autocast`, and has the
-    flags for that.
+    to `log`, and calls `finish`. `presets` declares that a stage scales: its script then computes
+    under `autocast`, in `micro_batches`, and gets the flags for that.
     """
 
     def __init__(
@@ -52,11 +50,11 @@ class Run:
         argv: list[str] | None = None,
         name: str | None = None,
     ) -> None:
-        self.world = World()
+        self.world, self.history = World(), History()
         self.plan, self.saved = make_plan(config_class, presets or {}, argv, name, self.world)
         self.config, self.folder = self.plan.config, self.plan.folder
         self.machine, self.device = self.plan.machine, self.plan.machine.device
-        self.autocast, self.history = self.machine.autocast, History()
+        self.autocast = self.machine.autocast  # inside, matrix products are in the run's dtype
         self.model: LanguageModel | None = None
         self.optimizers: tuple[Optimizer, ...] = ()
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
@@ -67,8 +65,8 @@ class Run:
         self.fraction = 1.0  # how much of its batch the current micro-batch is
         self.all_threads, self.micro_batch_count = torch.get_num_threads(), 1
         if presets:
-            rows, row = self.config.batch_size // self.world.size, self.config.block_size
-            self.micro_batch_count = self.machine.micro_batches(rows, row * self.config.n_embd)
+            rows = self.config.batch_size // self.world.size
+            self.micro_batch_count = self.machine.micro_batches(rows, self.config)
         torch.manual_seed(self.plan.seed)  # for the initial weights
 
     @property
@@ -78,12 +76,11 @@ class Run:
     def batches(self, model: LanguageModel, *optimizers: Optimizer) -> Iterator[Batch]:
         """Yield batches to train on; in between evaluate, save, and heed Ctrl-C."""
         self.model, self.optimizers = model, optimizers
-        total, tokens = self.config.max_iters, self.config.batch_size * self.config.block_size
-        quiet = None if self.world.is_main else True  # None: shown on a terminal only
+        total, quiet = self.config.max_iters, None if self.world.is_main else True
         with (
-            threads(self.machine.threads(model, tokens)),
+            threads(self.machine.threads(model, self.config)),
             interrupts() as interrupted,
-            tqdm(total=total, disable=quiet, unit="step") as self.bar,
+            tqdm(total=total, disable=quiet, unit="step") as self.bar,  # None: on a terminal only
         ):
             self.start()
             while self.step < total:
@@ -136,20 +133,18 @@ class Run:
         """Print the result, and a sample from the best weights."""
         if not self.world.is_main:
             return
-        best, plan, bits = self.history.best, self.plan, self.history.best["val_loss"] / math.log(2)
-        print(
-            f"best validation loss {best['val_loss']:.4f} ({bits:.3f} bits per character)", end=""
-        )
-        print(f" at step {best['step']} after {best['seconds']:.1f} s")
+        best, plan, model = self.history.best, self.plan, type(self.model)(self.config)
+        bits = f"{best['val_loss'] / math.log(2):.3f} bits per character"
+        when = f"step {best['step']} after {best['seconds']:.1f} s"
+        print(f"best validation loss {best['val_loss']:.4f} ({bits}) at {when}")
         if self.step > self.first_step:
             seconds = self.computing / (self.step - self.first_step)
             speed = self.config.batch_size * self.config.block_size / seconds
             print(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} characters per second")
         if entropy := plan.corpus.known_entropy():
             print(f"entropy of Pocket Play, which no model can beat on average: {entropy:.4f}")
-        model = type(self.model)(self.config).to(self.device)
         restore(read_checkpoint(self.folder.path / "best.pt"), {"model": model})
-        store_by_columns(model)
+        store_by_columns(model.to(self.device))
         text = print_sample(model, plan.tokenizer, plan.settings, plan.seed)
         write_whole(self.folder.path / "sample.txt", text.encode("utf-8"))
 
@@ -158,10 +153,9 @@ class Run:
         plan, parameters = self.plan, sum(each.numel() for each in self.model.parameters())
         optimizers = {f"optimizer {i}": each for i, each in enumerate(self.optimizers)}
         self.parts |= {"model": self.model, **optimizers}
-        several = f" in {self.world.size} processes" if self.world.size > 1 else ""
+        several = f", {self.world.size} processes" if self.world.size > 1 else ""
         where = f"{self.device.type}{several}, {self.machine.dtype_name}"
-        self.say(f"{plan.name}: {parameters:,} parameters, on {where}\n{plan.corpus}")
-        self.say(plan.note)
+        self.say(f"{plan.name}: {parameters:,} parameters, on {where}{plan.note}\n{plan.corpus}")
         if plan.settings.resume:
             restore(self.saved, self.parts)
             (self.folder.path / "sample.txt").unlink(missing_ok=True)  # no longer finished
@@ -179,8 +173,7 @@ class Run:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         config = plan.header() | {"processes": self.world.size, "compiled": self.machine.compiled}
         config |= {"parameters": parameters, "versions": versions}
-        content = json.dumps(config, indent=2).encode("utf-8")
-        self.world.on_main(lambda: write_whole(self.folder.path / "config.json", content))
+        self.world.on_main(lambda: self.folder.write_config(config))
         self.save()
         self.say(f"run folder {self.folder.path}\n{self.history}")
 
@@ -194,12 +187,11 @@ class Run:
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch; dropout is seeded for that step too."""
+        B, T, corpus = self.config.batch_size, self.config.block_size, self.plan.corpus
         generator = torch.Generator().manual_seed(seed_for(self.plan.seed, step, "batch"))
-        corpus, rank, size = self.plan.corpus, self.world.rank, self.config.batch_size
-        batch = draw_batch(corpus.train, self.config.block_size, size, generator)
-        self.machine.seed(seed_for(self.plan.seed, step, rank))
-        own = slice(rank * size // self.world.size, (rank + 1) * size // self.world.size)
-        return tuple(self.machine.send(corpus.ids(half[own])) for half in batch)
+        batch = draw_batch(corpus.train, T, B, generator)
+        self.machine.seed(seed_for(self.plan.seed, step, self.world.rank))
+        return tuple(self.machine.send(self.world.shard(corpus.ids(half))) for half in batch)
 
     def read_losses(self) -> None:
         """Add up the losses since the last time; one that is not finite ends the run."""
@@ -213,11 +205,10 @@ class Run:
         corpus, history = self.plan.corpus, self.history
         with threads(self.all_threads), self.autocast(), self.machine.eager():
             val_loss = exact_loss(self.model, corpus.validation, corpus.ids, self.world)
-            if history.loss_count:
-                train_loss = history.loss_sum / history.loss_count
-            else:  # before the first batch: the loss on as much text as there is for validation
-                first_part = corpus.train[: len(corpus.validation)]
-                train_loss = exact_loss(self.model, first_part, corpus.ids, self.world)
+            train_loss = history.loss_sum / history.loss_count if history.loss_count else None
+            if train_loss is None:  # no batch so far: take as much text as there is for validation
+                part = corpus.train[: len(corpus.validation)]
+                train_loss = exact_loss(self.model, part, corpus.ids, self.world)
         if not math.isfinite(val_loss):
             raise self.diverged(f"the validation loss became {val_loss} by step {self.step}")
         tokens = self.step * self.config.batch_size * self.config.block_size
@@ -245,16 +236,15 @@ class Run:
 
 def resume_command(run: Run) -> str:
     """What to type in this folder, with this Python."""
-    python, settings = Path(sys.executable), run.plan.settings
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    words = [str(python), sys.argv[0], "--resume", "--out", str(run.folder.path)]
+    python, here = Path(sys.executable), Path.cwd()
+    python = python.relative_to(here) if python.is_relative_to(here) else python
+    command = [str(python), sys.argv[0], "--resume", "--out", str(run.folder.path)]
     if run.world.size > 1:
-        words[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={run.world.local_size}"]
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={run.world.local_size}"]
     for each in fields(SampleSettings):
-        if (value := getattr(settings, each.name)) != each.default:
-            words += typed(each.name, value).split(" ", maxsplit=1)
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+        if (value := getattr(run.plan.settings, each.name)) != each.default:
+            command += [flag(each.name), str(value)]
+    return subprocess.list2cmdline(command)
 
 
 @contextmanager
