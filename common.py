@@ -1,9 +1,10 @@
 """What all stages share: the tokenizer, the split, batches, and the device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 MAX_VALIDATION = 1_000_000  # characters: every evaluation goes through all of them
 
@@ -45,21 +46,44 @@ def draw_batch(
 def pick_device(name: str = "auto") -> torch.device:
     """The named device; "auto" is a CUDA GPU, then Apple silicon's GPU (MPS), then the CPU."""
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
+        gpu = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else gpu
     return torch.device(name)
 
 
 class LanguageModel(nn.Module):
-    """What sampling and evaluation need to know about the model of any stage."""
+    """What the models of all stages have in common: they continue a text."""
 
     block_size: int  # context length
-    slides = False  # whether its cache can drop the oldest position and go on
+    slides = False  # whether the cache can drop its oldest position and go on
 
     def new_cache(self) -> list | None:
         """An empty KV cache, one entry per layer; None if the model has no cache."""
         return None
+
+    @torch.inference_mode()
+    def generate(
+        self, ids: list[int], temperature: float, top_k: int | None, random: torch.Generator
+    ) -> Iterator[int]:
+        """Yield the ids that continue these, each as soon as it is sampled, without end."""
+        device = next(self.parameters()).device
+        ids, cache, cached = list(ids), self.new_cache(), 0  # cached: how many ids the cache holds
+        self.eval()
+        while True:
+            if len(ids) > self.block_size and not self.slides:  # go on from the second half
+                ids, cache, cached = ids[-max(1, self.block_size // 2) :], self.new_cache(), 0
+            idx = torch.tensor([ids[cached:]], device=device)  # (1, T)
+            logits, _ = self(idx, cache=cache) if cache else self(idx)  # (1, T, V)
+            cached = len(ids) if cache else 0
+            ids.append(choose(logits[0, -1].cpu(), temperature, top_k, random))
+            yield ids[-1]
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None, random: torch.Generator) -> int:
+    """Sample an id from its V logits; with temperature 0, take the most likely."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, candidates = logits.topk(min(top_k or len(logits), len(logits)))
+    # With 0 as the largest logit, and in double precision, no temperature is too small.
+    probabilities = F.softmax((logits - logits[0]).double() / temperature, dim=0)
+    return int(candidates[torch.multinomial(probabilities, 1, generator=random)])

@@ -13,6 +13,7 @@ from typing import Any
 from trainer import UserError, cli
 from common import LanguageModel, Tokenizer
 from trainer.checkpoint import read_checkpoint, restore, saved_config
+from trainer.distributed import World
 from trainer.flags import Parser, Seed, given, options_for
 from trainer.machine import DeviceSettings, available_device
 from trainer.sampling import SampleSettings, generate, print_sample, store_by_columns
@@ -29,7 +30,7 @@ def rebuild(checkpoint: dict[str, Any], device: str = "auto") -> tuple[LanguageM
     stage = stage_module(checkpoint["stage"])
     model = stage.Model(saved_config(stage.Config, checkpoint))
     restore(checkpoint, {"model": model})
-    model = model.to(available_device(device)).eval()
+    model = model.to(available_device(device, World())).eval()
     store_by_columns(model)
     return model, Tokenizer(checkpoint["vocabulary"])
 

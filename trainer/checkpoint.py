@@ -42,15 +42,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         warnings.simplefilter("ignore")  # about foreign files, which are refused below
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except PermissionError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
         except Exception:  # which one depends on where the file is damaged
             checkpoint = None
     written = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if written == "character-gpt-course-1":
-        raise UserError(f"{path} was written by an older version of this course: train it again")
     if written != FORMAT:
-        raise UserError(f"{path} is damaged, or is not a checkpoint of this course")
+        older = "was written by an older version of this course: train it again"
+        why = older if written else "is damaged, or is not a checkpoint of this course"
+        raise UserError(f"{path} {why}")
     return checkpoint
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ def cli(main: Callable[[], None]) -> None:
             message = (
                 "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
             )
-        elif "WORLD_SIZE" in os.environ and says(error, LOST_PROCESS):
+        elif "WORLD_SIZE" in os.environ and re.search(LOST_PROCESS, str(error), re.I):
             message = "another process has ended; --resume continues from the last checkpoint"
         else:
             raise
@@ -45,8 +46,4 @@ def cli(main: Callable[[], None]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or says(error, OUT_OF_MEMORY)
-
-
-def says(error: Exception, phrases: str) -> bool:
-    return any(phrase in str(error).lower() for phrase in phrases.split("|"))
+    return isinstance(error, MemoryError) or bool(re.search(OUT_OF_MEMORY, str(error), re.I))

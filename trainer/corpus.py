@@ -35,22 +35,8 @@ class Corpus:
     validation: Tensor
     table: Tensor | None = None  # from the text's own ids to the model's, where they differ
 
-    def use_vocabulary(self, vocabulary: str) -> None:
-        """From now on `ids` returns ids of this vocabulary, which may be larger."""
-        if vocabulary != self.vocabulary:
-            self.table = torch.tensor([vocabulary.index(each) for each in self.vocabulary])
-
     def ids(self, tokens: Tensor) -> Tensor:
         return tokens.long() if self.table is None else self.table[tokens.long()]
-
-    def known_entropy(self) -> float | None:
-        """The loss that no model can beat on average; known for Pocket Play alone."""
-        is_pocket_play = Path(self.path).resolve() == DATA / "pocket_play.txt"
-        return pocket_play.entropy_per_character() if is_pocket_play else None
-
-    def __str__(self) -> str:
-        length, different = len(self.train) + len(self.validation), len(self.vocabulary)
-        return f"{self.name}: {length:,} characters, {different} different"
 
 
 def open_corpus(path: Path | None) -> Corpus:

@@ -16,28 +16,15 @@ class World:
     """This process and the others: its rank, how many there are, and how they exchange data."""
 
     def __init__(self) -> None:
-        names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")  # set by torchrun
-        alone = zip(names, (1, 0, 1, 0), strict=True)
-        self.size, self.rank, self.local_size, self.local_rank = (
-            int(os.environ.get(name, default)) for name, default in alone
-        )
+        self.size = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_main = self.rank == 0  # this one prints and writes
         if self.size > 1 and not dist.is_initialized():
             gpus = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
             atexit.register(dist.destroy_process_group)  # its threads must end before Python does
-
-    def device(self, device: torch.device) -> torch.device:
-        """This process's own GPU, if the run is on GPUs."""
-        if self.size > 1 and device.type == "mps":
-            raise UserError("MPS trains in one process: start the script without torchrun")
-        if self.size == 1 or device.type != "cuda":
-            return device
-        gpus = torch.cuda.device_count()
-        if gpus < self.local_size:
-            raise UserError(f"there are {gpus} GPUs: try --nproc_per_node={gpus}, or --device cpu")
-        torch.cuda.set_device(self.local_rank)
-        return torch.device("cuda", self.local_rank)
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, in all of them."""
@@ -65,15 +52,8 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def shard(self, rows: Tensor) -> Tensor:
-        """This process's rows of a batch."""
-        return rows.chunk(self.size)[self.rank]
-
     def average_gradients(self, model: nn.Module, flags: list[bool]) -> list[bool]:
-        """Average the gradients over all processes; return each flag if it is set in any of them.
-
-        Both travel in one message, so all processes know after each step whether to stop.
-        """
+        """Average gradients over all processes; in the same message, tell each other the flags."""
         if self.size == 1:
             return flags
         gradients = [each.grad for each in model.parameters() if each.grad is not None]

@@ -58,9 +58,8 @@ class Parser(argparse.ArgumentParser):
         for field in fields(cls):
             if field.name == "vocab_size":  # the text decides
                 continue
-            default, values = field.default, {}
-            for name, preset in (presets or {}).items():
-                values[name] = vars(preset)[field.name]
+            default = field.default
+            values = {name: vars(each)[field.name] for name, each in (presets or {}).items()}
             if len(set(values.values())) > 1:
                 default = ", ".join(f"{name} {value}" for name, value in values.items())
             shown = "" if default in (None, "", False) else f" (default {default})"

@@ -1,11 +1,10 @@
 """A run's folder: who owns it, and how its files are written."""
 
+import contextlib
 import csv
 import io
 import itertools
-import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from trainer.cli import UserError
 from trainer.history import History
 
 RUN_FILES = ("config.json", "losses.csv", "checkpoint.pt", "best.pt", "sample.txt")
-FORMATS = ("d", ".6f", ".6f", ".6g", "d", ".2f")  # of the columns of losses.csv
 COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
+FORMATS = ("d", ".6f", ".6f", ".6g", "d", ".2f")
 
 
 class RunFolder:
@@ -31,20 +30,17 @@ class RunFolder:
             choices = "--resume continues it, --overwrite replaces it, another --out keeps it"
             raise UserError(f"{self.path} already holds a run: {choices}")
 
-    def claim(self) -> tuple[Path, Path | None]:
-        """Make the folder, or empty it of an older run; return it, and the last one not free."""
+    def claim(self) -> Path:
+        """Make the folder, or empty it of an older run."""
         try:
             if self.path is None:
                 return make_free_folder(self.name)
             self.path.mkdir(parents=True, exist_ok=True)
             for name in RUN_FILES:
                 (self.path / name).unlink(missing_ok=True)
-            return self.path, None
+            return self.path
         except OSError as error:
             raise UserError(f"cannot write the run's folder: {error}") from None
-
-    def write_config(self, config: dict[str, Any]) -> None:
-        write_whole(self.path / "config.json", json.dumps(config, indent=2).encode("utf-8"))
 
     def save(self, header: dict[str, Any], parts: dict[str, Any], history: History) -> None:
         """Write the complete state, the weights if they are the best so far, and losses.csv."""
@@ -57,15 +53,13 @@ class RunFolder:
         write_whole(self.path / "losses.csv", losses_csv(history.rows))
 
 
-def make_free_folder(name: str, taken: Path | None = None) -> tuple[Path, Path | None]:
+def make_free_folder(name: str) -> Path:
     Path("runs").mkdir(exist_ok=True)
     for number in itertools.count(1):
-        path = Path("runs", name if number == 1 else f"{name}-{number}")
-        try:
+        with contextlib.suppress(FileExistsError):
+            path = Path("runs", name if number == 1 else f"{name}-{number}")
             path.mkdir()
-            return path, taken
-        except FileExistsError:
-            taken = path
+            return path
 
 
 def holds_run(folder: Path) -> bool:
@@ -74,19 +68,19 @@ def holds_run(folder: Path) -> bool:
 
 def newest_run(name: str) -> Path:
     """The run of a stage that was written last."""
-    pattern, paths = rf"{re.escape(name)}(-\d+)?", Path("runs").glob("*/checkpoint.pt")
-    paths = [path for path in paths if re.fullmatch(pattern, path.parent.name)]
+    paths = [*Path("runs").glob(f"{name}/checkpoint.pt")]
+    paths += Path("runs").glob(f"{name}-[0-9]*/checkpoint.pt")
     if not paths:
         raise UserError(f"there is no run of {name} in runs to resume; name its folder with --out")
     return max(paths, key=lambda path: path.stat().st_mtime).parent
 
 
 def losses_csv(rows: list[dict[str, float]]) -> bytes:
-    text, formats = io.StringIO(), list(zip(COLUMNS, FORMATS, strict=True))
-    writer = csv.writer(text, lineterminator="\n")
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([format(row[name], how) for name, how in formats] for row in rows)
-    return text.getvalue().encode("utf-8")
+    writer.writerows(map(format, [row[name] for name in COLUMNS], FORMATS) for row in rows)
+    return file.getvalue().encode("utf-8")
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -105,10 +99,10 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 def rename(source: Path, target: Path, tries: int = 20) -> None:
     """Rename onto a file that may exist; on Windows, wait a moment for whoever is reading it."""
-    try:
-        source.replace(target)
-    except PermissionError:
-        if not tries:
-            raise
-        time.sleep(0.05)
-        rename(source, target, tries - 1)
+    while True:
+        try:
+            return source.replace(target)
+        except PermissionError:
+            if not (tries := tries - 1):
+                raise
+            time.sleep(0.05)

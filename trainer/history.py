@@ -22,14 +22,13 @@ class History:
         self.pending: list[tuple[int, float, Tensor]] = []  # step, fraction of its batch, loss
 
     def state_dict(self) -> dict[str, Any]:
-        sums = {"loss_sum": self.loss_sum, "loss_count": self.loss_count}
-        seconds = time.perf_counter() - self.started
-        return {"step": self.step, "rows": self.rows, **sums, "seconds": seconds}
+        state = {name: getattr(self, name) for name in ("step", "rows", "loss_sum", "loss_count")}
+        return state | {"seconds": time.perf_counter() - self.started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.rows = state["step"], state["rows"]
-        self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
         self.started = time.perf_counter() - state["seconds"]
+        for name in ("step", "rows", "loss_sum", "loss_count"):
+            setattr(self, name, state[name])
 
     @property
     def best(self) -> dict[str, float]:

@@ -1,18 +1,16 @@
-"""How a run computes: device, dtype, compiler, micro-batches, threads, random numbers.
-
-All of it follows from what the machine is, never from a measurement: the same seed gives the same
-run on a busy machine too.
-"""
+"""How a run computes: decided by what the machine is, never by timing, so that runs repeat."""
 
 import math
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from common import pick_device
 from trainer.cli import UserError, is_out_of_memory
+from trainer.distributed import World
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ class DeviceSettings:
 @dataclass
 class MachineSettings(DeviceSettings):
     precision: Precision = "auto"  # dtype of matrix products (default: the machine's fastest)
-    compile: bool | None = None  # whether to use torch.compile (default: on CUDA)
+    compile: bool | None = None  # whether to use torch.compile (default: on CUDA, with triton)
     grad_accumulation: int = 1  # micro-batches per step, at least: more of them need less memory
 
 
@@ -43,15 +41,12 @@ class Machine:
             raise UserError("--precision float16 needs a CUDA GPU; try --precision bfloat16")
         self.device = device
         self.dtype = fast_dtype(device) if name == "auto" else getattr(torch, name)
-        on_cuda = device.type == "cuda"
-        self.compiled = on_cuda if settings.compile is None else settings.compile
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        can_compile = device.type == "cuda" and find_spec("triton") is not None
+        self.compiled = can_compile if settings.compile is None else settings.compile
         self.grad_accumulation = settings.grad_accumulation
         # In float16 small gradients would vanish: the loss is scaled up, then the gradients down.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager:
         mixed = self.dtype != torch.float32
@@ -61,7 +56,7 @@ class Machine:
         """Inside, a compiled model runs as it is: new shapes would have to be compiled again."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
-    def prepare(self, model: nn.Module, trial: Callable, say: Callable[[str], None]) -> None:
+    def prepare(self, model: nn.Module, trial: Callable[[], None]) -> None:
         """Compile the model if it should be, and try a step."""
         if self.compiled:
             model.compile()
@@ -70,11 +65,8 @@ class Machine:
         except Exception as error:  # compilers fail in many ways
             if not self.compiled or is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0][:150]
-            say(f"torch.compile fails here, so this run does without it: {reason}")
-            torch.compiler.set_stance("force_eager")
-            self.compiled = False
-            trial()
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"torch.compile fails here, try --no-compile: {reason}") from error
 
     def micro_batches(self, rows: int, config: Any) -> int:
         """How many micro-batches to divide the rows of a batch into."""
@@ -89,8 +81,8 @@ class Machine:
 
     def seed(self, value: int) -> None:
         """Seed what dropout draws from on this device."""
-        on_cpu = self.device.type == "cpu"
-        (torch.default_generator if on_cpu else getattr(torch, self.device.type)).manual_seed(value)
+        where = {"cpu": torch.default_generator, "cuda": torch.cuda, "mps": torch.mps}
+        where[self.device.type].manual_seed(value)
 
     def send(self, tokens: Tensor) -> Tensor:
         """To the device; from pinned memory, while the GPU goes on computing."""
@@ -99,10 +91,18 @@ class Machine:
         return tokens.to(self.device, non_blocking=True)
 
 
-def available_device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", pick_device().type):
+def available_device(name: str, world: World) -> torch.device:
+    """The named device; with several processes on GPUs, this one's own."""
+    device, gpus = pick_device(name), torch.cuda.device_count()
+    if device.type not in ("cpu", pick_device().type):
         raise UserError(f"PyTorch finds no {name} device on this machine; try --device auto")
-    return pick_device(name)
+    if world.size == 1 or device.type == "cpu":
+        return device
+    if gpus < world.local_size:
+        needs = f"{world.local_size} processes need as many CUDA GPUs, and there are {gpus}"
+        raise UserError(f"{needs}: set --nproc_per_node to that, or add --device cpu")
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -16,6 +16,8 @@ from trainer.folder import RunFolder, newest_run
 from trainer.machine import DeviceSettings, Machine, MachineSettings, available_device
 from trainer.sampling import SampleSettings
 
+import torch
+
 MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
 Presets = dict[str, Any]
 
@@ -70,20 +72,19 @@ def make_plan(
     options = parse(module.__doc__ or "", config_class, presets, argv)
     settings, chosen = Settings(**given(options, Settings)), given(options, config_class)
     folder = RunFolder(name, settings.out, settings.overwrite)
-    refuse_combinations(name, settings, presets, options.preset, world)
+    refuse_combinations(settings, presets, options.preset, world)
     saved = world.on_main(lambda: read_saved(folder, settings))
     start = {"seed": 1, "device": "auto", "init_from": str(settings.init_from or "")}
     start |= saved if settings.resume else {}
-    device = available_device(start["device"] if settings.device == "auto" else settings.device)
+    device = start["device"] if settings.device == "auto" else settings.device
+    device = available_device(device, world)
     if saved:
         config, note = saved_config(config_class, saved), ""
     else:
         preset = options.preset or preset_for(device.type)
         note = f"; preset {preset}" + ("" if options.preset else f", chosen for {device.type}")
         config, note = (presets[preset], note) if presets else (config_class(), "")
-    corpus = open_text(settings, saved, world)
-    tokenizer = Tokenizer(choose_vocabulary(settings, saved, corpus))
-    corpus.use_vocabulary(tokenizer.vocabulary)
+    corpus, tokenizer = open_text(settings, saved, world)
     settings.start_of_text(tokenizer)  # a bad --prompt is refused now rather than at the end
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
     seed = start["seed"] if settings.seed is None else settings.seed
@@ -93,14 +94,14 @@ def make_plan(
     dtype = "auto" if presets else "float32"
     if settings.resume and saved["device"] == device.type:
         dtype = saved["dtype"]  # or the numbers would not go on as they were
-    machine = Machine(settings, world.device(device), dtype)
+    machine = Machine(settings, device, dtype)
     own = (folder, machine, corpus, tokenizer, start["init_from"], changed, note)
     return Plan(name, settings, config, seed, *own), saved
 
 
 def parse(doc: str, config_class: type, presets: Presets, argv: list[str] | None) -> Namespace:
     parser = Parser(doc)
-    parser.set_defaults(preset=None)
+    parser.set_defaults(preset="")
     if presets:
         words = "a set of these values (default: small on a CPU, full on a GPU)"
         parser.add_argument("--preset", choices=presets, help=words)
@@ -115,20 +116,17 @@ def preset_for(device: str) -> str:
     return "small" if device == "cpu" else "full"
 
 
-def refuse_combinations(
-    name: str, settings: Settings, presets: Presets, preset: str | None, world: World
-) -> None:
-    resume, init_from, overwrite = settings.resume, settings.init_from, settings.overwrite
-    for is_wrong, message in (
-        (world.size > 1 and not presets, f"{name}.py trains in one process: do without torchrun"),
-        (resume and overwrite, "--resume continues a run and --overwrite replaces it: choose one"),
-        (resume and init_from, "--resume continues a run and --init-from starts one: choose one"),
-        (settings.extend_vocabulary and not init_from, "--extend-vocabulary needs --init-from"),
-        (preset and resume, "--preset is for a new model: --resume keeps the sizes of the run"),
-        (preset and init_from, "--preset is for a new model: --init-from keeps the sizes"),
-    ):
-        if is_wrong:
-            raise UserError(message)
+def refuse_combinations(settings: Settings, presets: Presets, preset: str, world: World) -> None:
+    starts = {"--overwrite": settings.overwrite, "--init-from": settings.init_from}
+    starts = [name for name, value in (starts | {"--preset": preset}).items() if value]
+    if world.size > 1 and not presets:
+        raise UserError("this script trains in one process: start it without torchrun")
+    if settings.resume and starts:
+        raise UserError(f"--resume continues a run and {starts[0]} starts one: leave one out")
+    if settings.init_from and preset:
+        raise UserError("--preset is for a new model: --init-from keeps the sizes of the saved one")
+    if settings.extend_vocabulary and not settings.init_from:
+        raise UserError("--extend-vocabulary needs --init-from and the run to start from")
 
 
 def read_saved(folder: RunFolder, settings: Settings) -> Checkpoint | None:
@@ -161,7 +159,10 @@ def changes(saved: Checkpoint, now: dict[str, Any], path: Path) -> list[str]:
     return sorted({*saved["changed_on_resume"], *map(flag, differ)})
 
 
-def open_text(settings: Settings, saved: Checkpoint | None, world: World) -> Corpus:
+def open_text(
+    settings: Settings, saved: Checkpoint | None, world: World
+) -> tuple[Corpus, Tokenizer]:
+    """The text, as ids of the characters that it and the saved weights have."""
     path, before = settings.data, saved["corpus"] if saved and settings.resume else None
     if before and path is None and before["sha256"] != TINY_SHAKESPEARE_SHA256:
         path = Path(before["path"])  # Tiny Shakespeare is found wherever it is now
@@ -170,17 +171,15 @@ def open_text(settings: Settings, saved: Checkpoint | None, world: World) -> Cor
         raise UserError(f"{corpus.path} is not the text of this run, {before['path']} as it was")
     if corpus.sha256 != world.broadcast(corpus.sha256):
         raise UserError(f"{corpus.path} is not the same text in all processes")
-    return corpus
-
-
-def choose_vocabulary(settings: Settings, saved: Checkpoint | None, corpus: Corpus) -> str:
-    """The text's characters; for weights to start from, the characters that they know."""
-    known = saved["vocabulary"] if saved else corpus.vocabulary
-    unknown = "".join(sorted(set(corpus.vocabulary) - set(known)))
+    known = set(saved["vocabulary"] if saved else corpus.vocabulary)
+    unknown = "".join(sorted(set(corpus.vocabulary) - known))
     if unknown and not settings.extend_vocabulary:
         lacks = f"lacks {len(unknown)} characters of {corpus.path}: {unknown!r}"
         raise UserError(f"the run in {settings.init_from} {lacks}; --extend-vocabulary adds them")
-    return known + unknown
+    tokenizer = Tokenizer("".join(known) + unknown)
+    if tokenizer.vocabulary != corpus.vocabulary:
+        corpus.table = torch.tensor(tokenizer.encode(corpus.vocabulary))
+    return corpus, tokenizer
 
 
 def refuse_sizes(config: Any, corpus: Corpus, world: World) -> None:

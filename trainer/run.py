@@ -1,5 +1,6 @@
 """One training run: everything around the training lines of a script."""
 
+import json
 import math
 import os
 import platform
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import LanguageModel, draw_batch
+from data.pocket_play import known_entropy
 from trainer.checkpoint import adopt_weights, read_checkpoint, restore
 from trainer.cli import UserError
 from trainer.distributed import World
@@ -30,8 +32,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-SECONDS_BETWEEN_SAVES = 300
-STEPS_BETWEEN_LOSSES = 20  # to read a loss is to wait for the GPU
+SECONDS_BETWEEN_SAVES, STEPS_BETWEEN_LOSSES = 300, 20  # to read a loss is to wait for the GPU
 Batch = tuple[Tensor, Tensor]  # idx and targets
 
 
@@ -55,10 +56,8 @@ class Run:
         self.config, self.folder = self.plan.config, self.plan.folder
         self.machine, self.device = self.plan.machine, self.plan.machine.device
         self.autocast = self.machine.autocast  # inside, matrix products are in the run's dtype
-        self.model: LanguageModel | None = None
-        self.optimizers: tuple[Optimizer, ...] = ()
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
-        self.bar = tqdm(disable=True)
+        self.model, self.optimizers, self.bar = None, (), tqdm(disable=True)
         self.signals = [False, False]  # whether to stop and whether to save after this step
         self.saved_step, self.saved_at = 0, time.perf_counter()
         self.first_step, self.computing = 0, 0.0  # seconds since then, without evaluations
@@ -141,7 +140,7 @@ class Run:
             seconds = self.computing / (self.step - self.first_step)
             speed = self.config.batch_size * self.config.block_size / seconds
             print(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} characters per second")
-        if entropy := plan.corpus.known_entropy():
+        if entropy := known_entropy(plan.corpus.path):
             print(f"entropy of Pocket Play, which no model can beat on average: {entropy:.4f}")
         restore(read_checkpoint(self.folder.path / "best.pt"), {"model": model})
         store_by_columns(model.to(self.device))
@@ -155,7 +154,9 @@ class Run:
         self.parts |= {"model": self.model, **optimizers}
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
         where = f"{self.device.type}{several}, {self.machine.dtype_name}"
-        self.say(f"{plan.name}: {parameters:,} parameters, on {where}{plan.note}\n{plan.corpus}")
+        length = len(plan.corpus.train) + len(plan.corpus.validation)
+        self.say(f"{plan.name}: {parameters:,} parameters, on {where}{plan.note}")
+        self.say(f"{plan.corpus.name}: {length:,} characters, {self.config.vocab_size} different")
         if plan.settings.resume:
             restore(self.saved, self.parts)
             (self.folder.path / "sample.txt").unlink(missing_ok=True)  # no longer finished
@@ -163,17 +164,16 @@ class Run:
             adopt_weights(self.model, self.config, self.saved, plan.tokenizer.vocabulary)
             self.say(f"starts from the weights of {plan.init_from}")
         self.saved = None  # frees its memory
-        self.machine.prepare(self.model, self.try_step, self.say)
+        self.machine.prepare(self.model, self.try_step)
         self.first_step = self.bar.n = self.step
         if not plan.settings.resume:
             self.history.started = time.perf_counter()
             self.evaluate()
-            self.folder.path, taken = self.world.on_main(self.folder.claim)
-            self.say(f"{taken} is taken, so this run goes to {self.folder.path}" if taken else "")
+            self.folder.path = self.world.on_main(self.folder.claim)
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        config = plan.header() | {"processes": self.world.size, "compiled": self.machine.compiled}
-        config |= {"parameters": parameters, "versions": versions}
-        self.world.on_main(lambda: self.folder.write_config(config))
+        config = {**plan.header(), "parameters": parameters, "processes": self.world.size}
+        content = json.dumps(config | {"versions": versions}, indent=2).encode("utf-8")
+        self.world.on_main(lambda: write_whole(self.folder.path / "config.json", content))
         self.save()
         self.say(f"run folder {self.folder.path}\n{self.history}")
 
@@ -187,11 +187,11 @@ class Run:
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch; dropout is seeded for that step too."""
-        B, T, corpus = self.config.batch_size, self.config.block_size, self.plan.corpus
-        generator = torch.Generator().manual_seed(seed_for(self.plan.seed, step, "batch"))
-        batch = draw_batch(corpus.train, T, B, generator)
-        self.machine.seed(seed_for(self.plan.seed, step, self.world.rank))
-        return tuple(self.machine.send(self.world.shard(corpus.ids(half))) for half in batch)
+        config, corpus, rank, size = self.config, self.plan.corpus, self.world.rank, self.world.size
+        random = torch.Generator().manual_seed(seed_for(self.plan.seed, step, "batch"))
+        batch = draw_batch(corpus.train, config.block_size, config.batch_size, random)
+        self.machine.seed(seed_for(self.plan.seed, step, rank))
+        return tuple(self.machine.send(corpus.ids(half[rank::size])) for half in batch)
 
     def read_losses(self) -> None:
         """Add up the losses since the last time; one that is not finite ends the run."""
@@ -203,12 +203,12 @@ class Run:
         """Add a row to losses.csv."""
         self.read_losses()
         corpus, history = self.plan.corpus, self.history
+        parts = [corpus.validation]
+        if not history.loss_count:  # no batch so far: as much text as there is for validation
+            parts.append(corpus.train[: len(corpus.validation)])
         with threads(self.all_threads), self.autocast(), self.machine.eager():
-            val_loss = exact_loss(self.model, corpus.validation, corpus.ids, self.world)
-            train_loss = history.loss_sum / history.loss_count if history.loss_count else None
-            if train_loss is None:  # no batch so far: take as much text as there is for validation
-                part = corpus.train[: len(corpus.validation)]
-                train_loss = exact_loss(self.model, part, corpus.ids, self.world)
+            val_loss, *rest = (exact_loss(self.model, p, corpus.ids, self.world) for p in parts)
+        train_loss = rest[0] if rest else history.loss_sum / history.loss_count
         if not math.isfinite(val_loss):
             raise self.diverged(f"the validation loss became {val_loss} by step {self.step}")
         tokens = self.step * self.config.batch_size * self.config.block_size
@@ -236,9 +236,8 @@ class Run:
 
 def resume_command(run: Run) -> str:
     """What to type in this folder, with this Python."""
-    python, here = Path(sys.executable), Path.cwd()
-    python = python.relative_to(here) if python.is_relative_to(here) else python
-    command = [str(python), sys.argv[0], "--resume", "--out", str(run.folder.path)]
+    python = sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
+    command = [python, sys.argv[0], "--resume", "--out", str(run.folder.path)]
     if run.world.size > 1:
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={run.world.local_size}"]
     for each in fields(SampleSettings):
