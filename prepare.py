@@ -193,7 +193,7 @@ def open_prepared(folder: Path) -> Corpus:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = torch.from_numpy(training), torch.from_numpy(validation)
     name, sha256 = folder.resolve().name, hashlib.sha256(content).hexdigest()
-    return Corpus(name, str(folder), sha256, vocabulary, *tensors)
+    return Corpus(name, str(folder.resolve()), sha256, vocabulary, *tensors)
 
 
 def main() -> None:

@@ -6,6 +6,8 @@
 """
 
 import importlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,12 +15,11 @@ from typing import Any
 from trainer import UserError, cli
 from common import LanguageModel, Tokenizer
 from trainer.checkpoint import read_checkpoint, restore, saved_config
-from trainer.distributed import World
 from trainer.flags import Parser, Seed, given, options_for
 from trainer.machine import DeviceSettings, available_device
-from trainer.sampling import SampleSettings, generate, print_sample, store_by_columns
+from trainer.sampling import SampleSettings, print_sample, store_by_columns
 
-__all__ = ["generate", "load"]
+import torch
 
 
 def load(folder: str | Path, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:
@@ -30,9 +31,25 @@ def rebuild(checkpoint: dict[str, Any], device: str = "auto") -> tuple[LanguageM
     stage = stage_module(checkpoint["stage"])
     model = stage.Model(saved_config(stage.Config, checkpoint))
     restore(checkpoint, {"model": model})
-    model = model.to(available_device(device, World())).eval()
+    model = model.to(available_device(device)).eval()
     store_by_columns(model)
     return model, Tokenizer(checkpoint["vocabulary"])
+
+
+def generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    length: int = 500,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 1,
+) -> Iterator[str]:
+    """Yield `length` characters that continue the prompt, each as soon as it is sampled."""
+    random = torch.Generator().manual_seed(seed)
+    ids = tokenizer.encode(SampleSettings(prompt).start_of_text(tokenizer))[-model.block_size :]
+    for i in itertools.islice(model.generate(ids, temperature, top_k, random), length):
+        yield tokenizer.decode([i])
 
 
 def stage_module(name: str) -> ModuleType:

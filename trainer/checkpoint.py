@@ -46,9 +46,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             checkpoint = None
     written = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if written != FORMAT:
-        older = "was written by an older version of this course: train it again"
-        why = older if written else "is damaged, or is not a checkpoint of this course"
-        raise UserError(f"{path} {why}")
+        why = "is from an older version: train it again" if written else "is damaged or foreign"
+        raise UserError(f"the checkpoint {path} {why}")
     return checkpoint
 
 

@@ -27,9 +27,7 @@ def cli(main: Callable[[], None]) -> None:
         message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else ""  # once is enough
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            message = (
-                "out of memory: make --batch-size, --block-size, --n-embd or --n-layer smaller"
-            )
+            message = "out of memory: make --batch-size, --block-size or --n-embd smaller"
         elif "WORLD_SIZE" in os.environ and re.search(LOST_PROCESS, str(error), re.I):
             message = "another process has ended; --resume continues from the last checkpoint"
         else:
@@ -40,8 +38,7 @@ def cli(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     if message:
-        line = f"{Path(sys.argv[0]).name}: {' '.join(message.split())}"
-        print(line, file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -60,7 +60,7 @@ def open_corpus(path: Path | None) -> Corpus:
         raise UserError(f"{path} repeats one character, {text[0]!r}: there is nothing to learn")
     parts = split(torch.tensor(tokenizer.encode(text)))
     sha256 = hashlib.sha256(content).hexdigest()
-    return Corpus(path.stem, str(path), sha256, tokenizer.vocabulary, *parts)
+    return Corpus(path.stem, str(path.resolve()), sha256, tokenizer.vocabulary, *parts)
 
 
 def default_corpus() -> Path:
@@ -80,8 +80,7 @@ def default_corpus() -> Path:
         write_whole(fallback, pocket_play.play().encode("utf-8"))
     if os.environ.get("RANK", "0") == "0":
         instead = "using the built-in Pocket Play instead; losses are not comparable"
-        print(f"cannot download Tiny Shakespeare ({reason}): {instead}.", file=sys.stderr)
-        print(f"To get it, save {TINY_SHAKESPEARE_URL} as {path}", file=sys.stderr)
+        print(f"no Tiny Shakespeare ({reason}): {instead}", file=sys.stderr)
     return fallback
 
 

@@ -9,6 +9,8 @@ from trainer.distributed import World
 import torch
 from torch import Tensor
 
+LINE = "step {step:5}   train {train_loss:.4f}   validation {val_loss:.4f}   {seconds:7.1f} s"
+
 
 class History:
     """The step, the rows of losses.csv, and the losses since the last row."""
@@ -57,6 +59,4 @@ class History:
 
     def __str__(self) -> str:
         """The last row."""
-        row = self.rows[-1]
-        losses = f"train {row['train_loss']:.4f}   validation {row['val_loss']:.4f}"
-        return f"step {row['step']:5}   {losses}   {row['seconds']:7.1f} s"
+        return LINE.format(**self.rows[-1])

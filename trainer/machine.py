@@ -68,9 +68,10 @@ class Machine:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"torch.compile fails here, try --no-compile: {reason}") from error
 
-    def micro_batches(self, rows: int, config: Any) -> int:
-        """How many micro-batches to divide the rows of a batch into."""
+    def micro_batches(self, config: Any, world: World) -> int:
+        """How many micro-batches to divide this process's rows of a batch into."""
         fitting = max(1, CACHE_ACTIVATIONS // (config.block_size * config.n_embd))
+        rows = config.batch_size // world.size
         count = math.ceil(rows / fitting) if self.device.type == "cpu" else 1
         return min(rows, max(self.grad_accumulation, count))
 
@@ -91,16 +92,15 @@ class Machine:
         return tokens.to(self.device, non_blocking=True)
 
 
-def available_device(name: str, world: World) -> torch.device:
+def available_device(name: str, world: World | None = None) -> torch.device:
     """The named device; with several processes on GPUs, this one's own."""
-    device, gpus = pick_device(name), torch.cuda.device_count()
+    device, world = pick_device(name), world or World()
     if device.type not in ("cpu", pick_device().type):
         raise UserError(f"PyTorch finds no {name} device on this machine; try --device auto")
     if world.size == 1 or device.type == "cpu":
         return device
-    if gpus < world.local_size:
-        needs = f"{world.local_size} processes need as many CUDA GPUs, and there are {gpus}"
-        raise UserError(f"{needs}: set --nproc_per_node to that, or add --device cpu")
+    if (gpus := torch.cuda.device_count()) < world.local_size:
+        raise UserError(f"there are {gpus} CUDA GPUs; try --nproc_per_node={gpus} or --device cpu")
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
 

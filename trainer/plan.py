@@ -58,8 +58,7 @@ class Plan:
         """What the run's files say about it."""
         own = {each: getattr(self, each) for each in ("seed", "init_from", "changed_on_resume")}
         machine = {"device": self.machine.device.type, "dtype": self.machine.dtype_name}
-        path = str(Path(self.corpus.path).resolve())
-        text = {"name": self.corpus.name, "path": path, "sha256": self.corpus.sha256}
+        text = {"name": self.corpus.name, "path": self.corpus.path, "sha256": self.corpus.sha256}
         return {"stage": self.name, "config": asdict(self.config), **own, **machine, "corpus": text}
 
 
@@ -78,12 +77,12 @@ def make_plan(
     start |= saved if settings.resume else {}
     device = start["device"] if settings.device == "auto" else settings.device
     device = available_device(device, world)
+    preset = options.preset or preset_for(device.type) if presets and not saved else ""
+    note = f", preset {preset}" if preset else ""
     if saved:
-        config, note = saved_config(config_class, saved), ""
+        config = saved_config(config_class, saved)
     else:
-        preset = options.preset or preset_for(device.type)
-        note = f"; preset {preset}" + ("" if options.preset else f", chosen for {device.type}")
-        config, note = (presets[preset], note) if presets else (config_class(), "")
+        config = presets[preset] if presets else config_class()
     corpus, tokenizer = open_text(settings, saved, world)
     settings.start_of_text(tokenizer)  # a bad --prompt is refused now rather than at the end
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))

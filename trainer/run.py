@@ -29,7 +29,6 @@ from trainer.sampling import SampleSettings, print_sample, store_by_columns
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 SECONDS_BETWEEN_SAVES, STEPS_BETWEEN_LOSSES = 300, 20  # to read a loss is to wait for the GPU
@@ -64,15 +63,14 @@ class Run:
         self.fraction = 1.0  # how much of its batch the current micro-batch is
         self.all_threads, self.micro_batch_count = torch.get_num_threads(), 1
         if presets:
-            rows = self.config.batch_size // self.world.size
-            self.micro_batch_count = self.machine.micro_batches(rows, self.config)
+            self.micro_batch_count = self.machine.micro_batches(self.config, self.world)
         torch.manual_seed(self.plan.seed)  # for the initial weights
 
     @property
     def step(self) -> int:
         return self.history.step
 
-    def batches(self, model: LanguageModel, *optimizers: Optimizer) -> Iterator[Batch]:
+    def batches(self, model: LanguageModel, *optimizers: torch.optim.Optimizer) -> Iterator[Batch]:
         """Yield batches to train on; in between evaluate, save, and heed Ctrl-C."""
         self.model, self.optimizers = model, optimizers
         total, quiet = self.config.max_iters, None if self.world.is_main else True
@@ -91,14 +89,13 @@ class Run:
                 if self.step % STEPS_BETWEEN_LOSSES == 0:
                     self.read_losses()
                 self.computing += time.perf_counter() - began
-                stop, save = self.signals
                 if self.step % self.config.eval_interval == 0 or self.step == total:
                     self.evaluate()
                     self.save()
                     self.say(str(self.history))
-                elif stop or save:
+                elif any(self.signals):
                     self.save()
-                if stop and self.step < total:
+                if self.signals[0] and self.step < total:
                     self.bar.close()
                     self.say(f"stopped at step {self.step}; to resume: {resume_command(self)}")
                     raise SystemExit(130)
@@ -154,9 +151,9 @@ class Run:
         self.parts |= {"model": self.model, **optimizers}
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
         where = f"{self.device.type}{several}, {self.machine.dtype_name}"
-        length = len(plan.corpus.train) + len(plan.corpus.validation)
+        length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} characters"
         self.say(f"{plan.name}: {parameters:,} parameters, on {where}{plan.note}")
-        self.say(f"{plan.corpus.name}: {length:,} characters, {self.config.vocab_size} different")
+        self.say(f"{plan.corpus.name}: {length}, {self.config.vocab_size} different")
         if plan.settings.resume:
             restore(self.saved, self.parts)
             (self.folder.path / "sample.txt").unlink(missing_ok=True)  # no longer finished
@@ -249,7 +246,7 @@ def resume_command(run: Run) -> str:
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
     """Collect the first Ctrl-C instead of ending; a second one ends the program as usual."""
-    received = []
+    received: list[int] = []
 
     def receive(number: int, _: object) -> None:
         received.append(number)

@@ -1,7 +1,5 @@
 """Sampling: let a model continue a text, one character at a time."""
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common import LanguageModel, Tokenizer
@@ -26,32 +24,15 @@ class SampleSettings:
         return self.prompt or ("\n" if "\n" in tokenizer.ids else tokenizer.vocabulary[0])
 
 
-def generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompt: str = "",
-    length: int = 500,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 1,
-) -> Iterator[str]:
-    """Yield `length` characters that continue the prompt, each as soon as it is sampled."""
-    random = torch.Generator().manual_seed(seed)
-    ids = tokenizer.encode(SampleSettings(prompt).start_of_text(tokenizer))[-model.block_size :]
-    for i in itertools.islice(model.generate(ids, temperature, top_k, random), length):
-        yield tokenizer.decode([i])
-
-
-def print_sample(
-    model: LanguageModel, tokenizer: Tokenizer, settings: SampleSettings, seed: int
-) -> str:
+def print_sample(model: LanguageModel, tokenizer: Tokenizer, how: SampleSettings, seed: int) -> str:
     """Print the prompt and its continuation, character by character; return both."""
-    text = settings.start_of_text(tokenizer)
-    how = (settings.sample_length, settings.temperature, settings.top_k, seed)
+    text, random = how.start_of_text(tokenizer), torch.Generator().manual_seed(seed)
+    ids = tokenizer.encode(text)[-model.block_size :]
+    sampled = model.generate(ids, how.temperature, how.top_k, random)
     print(text, end="")
-    for character in generate(model, tokenizer, text, *how):
-        text += character
-        print(character, end="", flush=True)
+    for _, i in zip(range(how.sample_length), sampled, strict=False):
+        text += tokenizer.decode([i])
+        print(text[-1], end="", flush=True)
     print()
     return text
 
