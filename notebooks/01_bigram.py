@@ -30,7 +30,7 @@
 # does not mend.
 
 # %%
-# In Colab this fetches the course; elsewhere it does nothing.
+# In Colab this fetches the course. Everywhere it lets Python find the scripts.
 import os
 import subprocess
 import sys
@@ -38,20 +38,23 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
     os.chdir("course/notebooks")
+sys.path.insert(0, "..")
 
 # %%
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from trainer import Run
+from common import LanguageModel, Tokenizer, draw_batch, split
+from sample import generate
+from trainer.corpus import open_corpus
+from trainer.evaluate import exact_loss
+
 import torch
 from lesson import BLUE, GREY, ORANGE, check, given, heat_map, plt, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common import Tokenizer, clear_errors, draw_batch, load_corpus, split
-from sample import generate
-from training import Run, exact_loss
 
 # %% [markdown]
 # ## The text
@@ -59,7 +62,7 @@ from training import Run, exact_loss
 # One file of plays, about a million characters. The first run downloads it.
 
 # %%
-corpus = load_corpus()
+corpus = open_corpus(None)
 text = Path(corpus.path).read_text(encoding="utf-8")
 print(f"{len(text):,} characters\n")
 print(text[:250])
@@ -96,7 +99,7 @@ print(f"words:      {len(words):9,} tokens, vocabulary {len(set(words)):6,}")
 
 # %% [markdown]
 # Large models take the middle way, **byte pair encoding**: begin with bytes, find the pair of
-# neighbours that is the most frequent, make it a token of its own, and repeat tens of
+# neighbors that is the most frequent, make it a token of its own, and repeat tens of
 # thousands of times. Here are the first twelve such steps on a piece of the text.
 
 # %%
@@ -126,7 +129,7 @@ print(f"50,000 characters have become {len(tokens):,} tokens")
 # ## Split, blocks, batches
 #
 # The first 90 % of the text is for training. The rest is kept back: what a model has never seen
-# tells whether it has learnt the language or the text by heart.
+# tells whether it has learned the language or the text by heart.
 
 # %%
 tokenizer = Tokenizer(text)
@@ -146,7 +149,7 @@ for t in range(T):
 
 # %% [markdown]
 # So the targets are the same characters, moved by one. `draw_batch` cuts `B` blocks at random
-# places and stacks them: a **batch**, `(B, T)` numbers. They are learnt from at the same time, but
+# places and stacks them: a **batch**, `(B, T)` numbers. They are learned from at the same time, but
 # know nothing of each other.
 
 # %%
@@ -205,29 +208,29 @@ print(f"counted table: {counted_loss:.3f} nats per character")
 # %%
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 8  # T: how many characters the model sees at once
-    batch_size: int = 32  # B: how many such blocks it learns from in one step
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 500  # how many steps pass between two evaluations
-    learning_rate: float = 1e-2  # how far a step moves the weights
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 8  # T: context length, in characters
+    batch_size: int = 32  # B: sequences per training step
+    max_iters: int = 5000  # training steps
+    eval_interval: int = 500  # steps between evaluations
+    learning_rate: float = 1e-2  # size of AdamW's steps
 
 
 # %%
-class Model(nn.Module):
+class Model(LanguageModel):
     """Predicts the next character from the current one alone."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.block_size = config.block_size
         self.logit_table = nn.Embedding(config.vocab_size, config.vocab_size)
-        nn.init.zeros_(self.logit_table.weight)  # before training any character may follow
+        nn.init.zeros_(self.logit_table.weight)  # start with equal odds for every character
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         logits = self.logit_table(idx)  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -244,7 +247,7 @@ logits, loss = model(idx, targets)
 print("idx", tuple(idx.shape), "-> logits", tuple(logits.shape))
 
 # %% [markdown]
-# **Predict before you run the next cell:** nothing is learnt yet, all logits are 0. What is the
+# **Predict before you run the next cell:** nothing is learned yet, all logits are 0. What is the
 # loss? Think of the probability that each character gets.
 
 # %%
@@ -276,7 +279,7 @@ for step in range(steps(config.max_iters)):
     history.append(loss.item())
 learned_loss = exact_loss(model, validation)
 evaluations.append((step + 1, learned_loss))
-print(f"validation loss: learnt {learned_loss:.3f}, counted {counted_loss:.3f}")
+print(f"validation loss: learned {learned_loss:.3f}, counted {counted_loss:.3f}")
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.4))
@@ -309,7 +312,7 @@ shown = torch.tensor([number[character] for character in common_ones if characte
 labels = visible(tokenizer.decode(shown.tolist()))
 figure, axes = plt.subplots(1, 2, figsize=(11, 5.6))
 for panel, probabilities, title in zip(
-    axes, (counted, learned), ("counted", "learnt"), strict=True
+    axes, (counted, learned), ("counted", "learned"), strict=True
 ):
     heat_map(panel, probabilities[shown][:, shown], labels, labels, title, vmax=0.5)
     panel.set(xlabel="next character", ylabel="this character")
@@ -372,19 +375,18 @@ for temperature in (0.3, 1.0, 2.0):
 # %% [markdown]
 # ## The script
 #
-# `bigram.py` is the two classes above and this function. `Run` is what surrounds a training: it
-# reads the flags, draws the batches, evaluates, saves and shows the progress. The four lines are
-# yours.
+# `bigram.py` is the two classes above and this function, which it calls in its last line,
+# `cli(main)`. `Run` is everything around the training: it reads the flags, draws the batches,
+# evaluates, saves and shows the progress. The four lines that learn are in the script.
 
 
 # %%
-@clear_errors
 def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
+    # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    # idx: characters of the text, by number; targets: for each of them, the one that follows
-    for idx, targets in run.batches(model, optimizer):
+    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()

@@ -28,7 +28,7 @@
 # Run each cell with shift-enter, from the top.
 
 # %%
-# In Colab this fetches the course; elsewhere it does nothing.
+# In Colab this fetches the course. Everywhere it lets Python find the scripts.
 import os
 import subprocess
 import sys
@@ -36,24 +36,27 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
     os.chdir("course/notebooks")
+sys.path.insert(0, "..")
 
 # %%
 from copy import deepcopy
 from dataclasses import dataclass
 from math import log
 
+from trainer import Run
+from common import LanguageModel, Tokenizer, draw_batch
+from sample import generate
+from trainer.corpus import open_corpus
+from trainer.evaluate import exact_loss
+
 import torch
 from lesson import BLUE, GREY, ORANGE, check, given, heat_map, plt, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Tokenizer, clear_errors, draw_batch, load_corpus
-from sample import generate
-from training import Run, exact_loss
-
 # %%
-corpus = load_corpus()
-training, validation = corpus.training, corpus.validation
+corpus = open_corpus(None)
+training, validation = corpus.train, corpus.validation
 tokenizer = Tokenizer(corpus.vocabulary)
 V = len(tokenizer.vocabulary)
 
@@ -99,7 +102,7 @@ figure.colorbar(panel.images[0], ax=axes, shrink=0.7)
 plt.show()
 
 # %% [markdown]
-# The first row is the same on both sides: there is no past yet. Further down the colours fade,
+# The first row is the same on both sides: there is no past yet. Further down the colors fade,
 # since vectors drawn at random partly cancel in a mean. Much is lost in it, and that is what
 # attention will mend.
 #
@@ -176,7 +179,7 @@ plt.show()
 # %% [markdown]
 # The future stays at 0 and each row still adds up to 1, but now a row prefers some characters to
 # others. That is why the roundabout way is the good one: scores may be any numbers at all, so they
-# can be *computed from the characters*. Attention is just this, with scores that are learnt.
+# can be *computed from the characters*. Attention is just this, with scores that are learned.
 #
 # ## What a character is, and where it stands
 #
@@ -188,13 +191,13 @@ plt.show()
 # %%
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 8  # T: how many characters the model sees at once
-    n_embd: int = 32  # C: how many channels describe a character
-    batch_size: int = 32  # B: how many such blocks it learns from in one step
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 500  # how many steps pass between two evaluations
-    learning_rate: float = 1e-3  # how far a step moves the weights
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 8  # T: context length, in characters
+    n_embd: int = 32  # C: channels of the vector that represents a character
+    batch_size: int = 32  # B: sequences per training step
+    max_iters: int = 5000  # training steps
+    eval_interval: int = 500  # steps between evaluations
+    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
 
 
 # %%
@@ -228,7 +231,7 @@ plt.show()
 #
 # ## Query, key, value
 #
-# Each position makes three vectors of `D` numbers from its `x`, by three matrices that are learnt:
+# Each position makes three vectors of `D` numbers from its `x`, by three matrices that are learned:
 #
 # - the **query**: what am I looking for?
 # - the **key**: what do I have?
@@ -238,12 +241,12 @@ plt.show()
 
 # %%
 D = 16
-to_key, to_query, to_value = (nn.Linear(C, D, bias=False) for _ in range(3))
+to_query, to_key, to_value = (nn.Linear(C, D, bias=False) for _ in range(3))
 with torch.no_grad():
-    key = to_key(x)  # (B, T, D)
     query = to_query(x)  # (B, T, D)
+    key = to_key(x)  # (B, T, D)
     value = to_value(x)  # (B, T, D)
-print("x", tuple(x.shape), "-> key, query, value", tuple(key.shape))
+print("x", tuple(x.shape), "-> query, key, value", tuple(query.shape))
 
 # %% [markdown]
 # One score, by hand: how much position 5 of block 0 likes what position 2 has. Then all of them at
@@ -282,31 +285,32 @@ plt.show()
 # come from the characters. Nothing is trained yet, so what they prefer means nothing.
 #
 # As a class, this is the `Head` of the script. The mask is a **buffer**: it moves to the GPU with
-# the model, but is nothing to be learnt. `[:T, :T]` cuts it for texts shorter than a block, as they
+# the model, but it is not a parameter. `[:T, :T]` cuts it for texts shorter than a block, as they
 # occur in sampling.
 
 
 # %%
 class Head(nn.Module):
-    """One head of causal self-attention; keys, queries and values have D = head_size channels."""
+    """One head of causal self-attention, with queries, keys and values of size D."""
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
-        self.key = nn.Linear(config.n_embd, head_size, bias=False)
+        # No biases: softmax cancels a key's, and a value's would only add a constant.
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
+        self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
+        self.register_buffer("causal_mask", mask, persistent=False)  # a constant: not saved
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        key = self.key(x)  # (B, T, D)
         query = self.query(x)  # (B, T, D)
+        key = self.key(x)  # (B, T, D)
         value = self.value(x)  # (B, T, D)
-        # Sums of D products spread like the square root of D; scaled back, softmax stays soft.
-        scores = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (B, T, T)
+        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
+        weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
         return weights @ value  # (B, T, D)
 
 
@@ -316,7 +320,7 @@ class Head(nn.Module):
 
 # %%
 head = Head(config, D)
-head.key, head.query, head.value = to_key, to_query, to_value
+head.query, head.key, head.value = to_query, to_key, to_value
 from_torch = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # (B, T, D)
 with torch.no_grad():
     print("Head differs by", f"{(head(x) - out).abs().max():.7f}")
@@ -473,7 +477,7 @@ plt.show()
 #
 # ## Nothing crosses the batch
 #
-# The blocks of a batch are learnt from together, but they are separate graphs: no arrow leads from
+# The blocks of a batch are learned from together, but they are separate graphs: no arrow leads from
 # one to another.
 #
 # **Predict:** we change one character, at place 3 of block 1. Which of the 32 outputs change?
@@ -566,8 +570,8 @@ plt.show()
 
 
 # %%
-class Model(nn.Module):
-    """Predicts the next character from all those in the block so far."""
+class Model(LanguageModel):
+    """Predicts the next character from all characters so far in the context."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -575,17 +579,17 @@ class Model(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.attention = Head(config, config.n_embd)
-        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
         positions = torch.arange(T, device=idx.device)  # (T)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.attention(x)
-        logits = self.to_logits(x)  # (B, T, V)
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -806,7 +810,7 @@ for each, name in ((model, "masked"), (unmasked, "unmasked")):
     print(f"--- {name}\n{sample}")
 
 # %% [markdown]
-# The masked one writes pieces of words. The other one gets stuck in a letter or two: it has learnt
+# The masked one writes pieces of words. The other one gets stuck in a letter or two: it has learned
 # to copy, and there is nothing to copy yet. A loss that is too good to be true is most often a leak
 # like this.
 #
@@ -816,13 +820,12 @@ for each, name in ((model, "masked"), (unmasked, "unmasked")):
 
 
 # %%
-@clear_errors
 def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
+    # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    # idx: characters of the text, by number; targets: for each of them, the one that follows
-    for idx, targets in run.batches(model, optimizer):
+    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()

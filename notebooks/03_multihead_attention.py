@@ -29,7 +29,7 @@
 # does not mend.
 
 # %%
-# In Colab this fetches the course; elsewhere it does nothing.
+# In Colab this fetches the course. Everywhere it lets Python find the scripts.
 import os
 import subprocess
 import sys
@@ -37,25 +37,28 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
     os.chdir("course/notebooks")
+sys.path.insert(0, "..")
 
 # %%
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
+
+from trainer import Divides, Run
+from common import LanguageModel, Tokenizer, draw_batch, split
+from sample import generate
+from trainer.corpus import open_corpus
+from trainer.evaluate import exact_loss
 
 import torch
 from lesson import BLUE, GREEN, ORANGE, PINK, check, given, heat_map, plt, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Tokenizer, clear_errors, draw_batch, load_corpus, split
-from sample import generate
-from training import Run, exact_loss
-
 # %%
-text = Path(load_corpus().path).read_text(encoding="utf-8")
+text = Path(open_corpus(None).path).read_text(encoding="utf-8")
 tokenizer = Tokenizer(text)
 vocabulary, V = tokenizer.vocabulary, len(tokenizer.vocabulary)
 training, validation = split(torch.tensor(tokenizer.encode(text)))
@@ -113,21 +116,20 @@ plt.show()
 #
 # ## A list of heads
 #
-# The script's settings have two new lines, `n_head` and `attention`.
+# The script's config has one new line, `n_head`.
 
 
 # %%
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 8  # T: how many characters the model sees at once
-    n_embd: int = 32  # C: how many channels describe a character
-    n_head: int = 4  # H: how many heads share these channels, D = C / H each
-    attention: Literal["heads", "batched"] = "batched"  # one head after the other, or all at once
-    batch_size: int = 32  # B: how many such blocks it learns from in one step
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 500  # how many steps pass between two evaluations
-    learning_rate: float = 1e-3  # how far a step moves the weights
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 8  # T: context length, in characters
+    n_embd: int = 32  # C: channels of the vector that represents a character
+    n_head: Annotated[int, Divides("n_embd")] = 4  # H: attention heads, each of size D = C/H
+    batch_size: int = 32  # B: sequences per training step
+    max_iters: int = 5000  # training steps
+    eval_interval: int = 500  # steps between evaluations
+    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
 
 
 # %% [markdown]
@@ -136,46 +138,47 @@ class Config:
 
 # %%
 class Head(nn.Module):
-    """One head of causal self-attention; keys, queries and values have D = head_size channels."""
+    """One head of causal self-attention, with queries, keys and values of size D."""
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
-        self.key = nn.Linear(config.n_embd, head_size, bias=False)
+        # No biases: softmax cancels a key's, and a value's would only add a constant.
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
+        self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
+        self.register_buffer("causal_mask", mask, persistent=False)  # a constant: not saved
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        key = self.key(x)  # (B, T, D)
         query = self.query(x)  # (B, T, D)
+        key = self.key(x)  # (B, T, D)
         value = self.value(x)  # (B, T, D)
-        # Sums of D products spread like the square root of D; scaled back, softmax stays soft.
-        scores = query @ key.transpose(1, 2) * key.shape[-1] ** -0.5  # (B, T, T)
+        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
+        weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
         return weights @ value  # (B, T, D)
 
 
 # %% [markdown]
-# Several of them in a list, their outputs put side by side, and one matrix at the end, the
-# **projection**. More about that one later.
+# Several of them in a list, their outputs concatenated, and one matrix at the end, the **output
+# projection**. More about that one later.
 
 
 # %%
 class MultiHeadAttention(nn.Module):
-    """Several heads, one after the other, and a projection that mixes their findings."""
+    """Several heads side by side; a linear layer mixes their outputs."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         head_size = config.n_embd // config.n_head
         self.heads = nn.ModuleList(Head(config, head_size) for _ in range(config.n_head))
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, H*D)
-        return self.projection(x)  # (B, T, C)
+        return self.out_proj(x)  # (B, T, C)
 
 
 # %% [markdown]
@@ -196,7 +199,7 @@ merged = torch.cat(found, dim=-1)  # (B, T, C), as H*D = C
 print("x                   ", tuple(x.shape))
 print("found by each head  ", *(tuple(each.shape) for each in found))
 print("side by side        ", tuple(merged.shape))
-print("after the projection", tuple(listed.projection(merged).shape))
+print("after the projection", tuple(listed.out_proj(merged).shape))
 
 # %% [markdown]
 # What goes in has `C` channels, and so has what comes out. That is why `D` is `C / H`.
@@ -222,8 +225,8 @@ for n_head in (1, 2, 4, 8):
 
 # %%
 torch.manual_seed(2)
-query_key_value = nn.Linear(C, 3 * C, bias=False)
-together = query_key_value(x).detach()  # (B, T, 3*C)
+qkv_proj = nn.Linear(C, 3 * C, bias=False)
+together = qkv_proj(x).detach()  # (B, T, 3*C)
 print(tuple(x.shape), "->", tuple(together.shape))
 
 # %%
@@ -321,34 +324,39 @@ print("head 1 is in channels 8 to 15:", torch.equal(merged[:, :, 8:16], found[:,
 # reading. `view` can only cut and join what lies one after the other in memory, so it would refuse
 # here. `reshape` copies where it must.
 #
-# The class of the script is these steps, and nothing else.
+# The class of the next script, `batched_attention.py`, is these steps and nothing else. It replaces
+# the list and has the same name, `MultiHeadAttention`. Here we need both, so first the list gets
+# another name.
+
+# %%
+HeadList = MultiHeadAttention
 
 
 # %%
-class BatchedMultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: they are a dimension, like the batch."""
+class MultiHeadAttention(nn.Module):
+    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        # No biases: softmax cancels a key's, and out_proj's replaces a value's.
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
+        self.register_buffer("causal_mask", mask, persistent=False)  # a constant: not saved
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        H = self.n_head
-        x = self.query_key_value(x)  # (B, T, 3*C)
-        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
-        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query, key, value = x  # (B, H, T, D) each
-        scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
+        x = self.qkv_proj(x)  # (B, T, 3*C)
+        x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, H, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
+        weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
         x = weights @ value  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.projection(x)
+        return self.out_proj(x)
 
 
 # %% [markdown]
@@ -359,15 +367,15 @@ class BatchedMultiHeadAttention(nn.Module):
 # the first 8 rows are that head's query matrix. Then head 1's, and so on; then keys; then values.
 
 # %%
-batched = BatchedMultiHeadAttention(config)
+batched = MultiHeadAttention(config)
 small = [
     getattr(head, name).weight for name in ("query", "key", "value") for head in listed.heads
 ]  # 3*H times (D, C)
 with torch.no_grad():
-    batched.query_key_value.weight.copy_(torch.cat(small))  # (3*C, C)
-    batched.projection.load_state_dict(listed.projection.state_dict())
+    batched.qkv_proj.weight.copy_(torch.cat(small))  # (3*C, C)
+    batched.out_proj.load_state_dict(listed.out_proj.state_dict())
 print(len(small), "matrices of", tuple(small[0].shape), "are now one of", end=" ")
-print(tuple(batched.query_key_value.weight.shape))
+print(tuple(batched.qkv_proj.weight.shape))
 
 # %%
 one_after_the_other, at_once = listed(x), batched(x)  # (B, T, C) both
@@ -397,7 +405,7 @@ head_counts = [1, 2, 4, 8, 16]
 medians = []
 inputs = torch.randn(config.batch_size, T, C)  # (B, T, C)
 for n_head in head_counts:
-    both = [kind(Config(n_head=n_head)) for kind in (MultiHeadAttention, BatchedMultiHeadAttention)]
+    both = [kind(Config(n_head=n_head)) for kind in (HeadList, MultiHeadAttention)]
     rounds = [[milliseconds(each, inputs, steps(10)) for each in both] for _ in range(9)]
     medians.append([statistics.median(times) for times in zip(*rounds, strict=True)])
     slow, fast = medians[-1]
@@ -405,11 +413,11 @@ for n_head in head_counts:
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.2))
-for times, name, colour in zip(
+for times, name, color in zip(
     zip(*medians, strict=True), ("a list of heads", "all at once"), (ORANGE, BLUE), strict=True
 ):
-    axes.plot(range(len(times)), times, color=colour, marker="o", linewidth=2)
-    axes.text(len(times) - 0.9, times[-1], name, color=colour, va="center")
+    axes.plot(range(len(times)), times, color=color, marker="o", linewidth=2)
+    axes.text(len(times) - 0.9, times[-1], name, color=color, va="center")
 axes.set_xticks(range(len(head_counts)), head_counts)
 axes.set(xlabel="H, number of heads", ylabel="ms, forward and backward", ylim=0)
 axes.set_xlim(-0.2, len(head_counts) + 0.3)
@@ -418,7 +426,7 @@ plt.show()
 # %% [markdown]
 # Each step to the right doubles the heads. With one head there is nothing to gain. But the list
 # pays for each further head with some ten small operations, and its line climbs faster. That is
-# why the script's default is `batched`.
+# why every later script has the batched class.
 #
 # ## Training
 #
@@ -426,29 +434,26 @@ plt.show()
 
 
 # %%
-class Model(nn.Module):
-    """Predicts the next character from all those in the block so far."""
+class Model(LanguageModel):
+    """Predicts the next character from all characters so far in the context."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.block_size = config.block_size
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        if config.attention == "heads":
-            self.attention = MultiHeadAttention(config)
-        else:
-            self.attention = BatchedMultiHeadAttention(config)
-        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.attention = MultiHeadAttention(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
         positions = torch.arange(T, device=idx.device)  # (T)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.attention(x)
-        logits = self.to_logits(x)  # (B, T, V)
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -482,13 +487,13 @@ for n_head in (1, 2, 4, 8):
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(3, 2))
-colours = dict(zip(models, (ORANGE, PINK, BLUE, GREEN), strict=True))
+colors = dict(zip(models, (ORANGE, PINK, BLUE, GREEN), strict=True))
 for n_head, curve in curves.items():
-    axes[0].plot(*zip(*curve[1:], strict=True), color=colours[n_head], marker="o", linewidth=2)
+    axes[0].plot(*zip(*curve[1:], strict=True), color=colors[n_head], marker="o", linewidth=2)
 axes[0].set(xlabel="training steps", ylabel="validation loss (nats per character)")
 axes[0].set_title("on the way", fontsize=11)
 last = [curve[-1][1] for curve in curves.values()]
-axes[1].bar(range(len(last)), last, color=list(colours.values()))
+axes[1].bar(range(len(last)), last, color=list(colors.values()))
 for i, loss in enumerate(last):
     axes[1].text(i, loss, f"{loss:.3f}", ha="center", va="bottom")
 axes[1].set_xticks(range(len(last)), [f"H = {n_head}" for n_head in models])
@@ -497,7 +502,7 @@ axes[1].set_title("at the end", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# Each line, from step 1000 on, has the colour of its bar on the right. The second head helps most,
+# Each line, from step 1000 on, has the color of its bar on the right. The second head helps most,
 # four are a little better still, and eight bring next to nothing more: each further cut makes the
 # heads smaller, and with 8 of them each has 4 channels left. Another seed moves these losses by
 # 0.01 to 0.02, so do not make much of small gaps.
@@ -514,7 +519,7 @@ def look(model: Model, idx: Tensor) -> tuple[Tensor, Tensor]:
     B, T = idx.shape
     attention = model.attention
     x = model.token_embedding(idx) + model.position_embedding(torch.arange(T))  # (B, T, C)
-    x = attention.query_key_value(x)  # (B, T, 3*C)
+    x = attention.qkv_proj(x)  # (B, T, 3*C)
     query, key, value = x.view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)
     scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
     scores = scores.masked_fill(~attention.causal_mask[:T, :T], float("-inf"))
@@ -595,8 +600,8 @@ figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(3, 2), sharey
 heat_map(axes[0], shares, names, [str(step) for step in range(T)], vmin=0, vmax=1)
 for i, row in enumerate(shares):
     for step, share in enumerate(row.tolist()):
-        colour = "black" if share > 0.5 else "white"
-        axes[0].text(step, i, f"{share:.2f}", ha="center", va="center", size=9, color=colour)
+        color = "black" if share > 0.5 else "white"
+        axes[0].text(step, i, f"{share:.2f}", ha="center", va="center", size=9, color=color)
 axes[0].set(xlabel="steps back", aspect="auto")
 axes[1].barh(range(len(names)), distances, color=[ORANGE] + [BLUE] * H)
 axes[1].set(xlabel="mean distance")
@@ -647,29 +652,29 @@ plt.show()
 #
 # ## The output projection
 #
-# After the heads comes `projection`, a `(C, C)` matrix. Put side by side and multiplied is the same
-# as: each head has its own `D` columns of that matrix, and the results are added.
+# After the heads comes `out_proj`, a `(C, C)` matrix. Concatenated and multiplied is the same as:
+# each head has its own `D` columns of that matrix, and the results are added.
 #
 # $$P \,[f_0; f_1; f_2; f_3] = P_0 f_0 + P_1 f_1 + P_2 f_2 + P_3 f_3$$
 
 # %%
-P = model.attention.projection.weight.detach()  # (C, C)
-bias = model.attention.projection.bias.detach()  # (C)
+P = model.attention.out_proj.weight.detach()  # (C, C)
+bias = model.attention.out_proj.bias.detach()  # (C)
 added = sum(found[0, h] @ P[:, h * D : (h + 1) * D].T for h in range(H)) + bias  # (T, C)
 merged = found.transpose(1, 2).reshape(1, T, C)  # (1, T, C)
-projected = model.attention.projection(merged).detach()[0]  # (T, C)
+projected = model.attention.out_proj(merged).detach()[0]  # (T, C)
 print(f"largest difference {(added - projected).abs().max():.7f}")
 
 # %% [markdown]
 # So each head writes into all `C` channels, not only into the `D` it was cut from. Without the
-# projection the findings of head 0 would stay in channels 0 to 7. From stage 5 on, the result is
+# projection the findings of head 0 would stay in channels 0 to 7. From stage 6 on, the result is
 # added to `x`, and it is the projection that lets every head reach every channel of it.
 #
-# In this stage `to_logits` follows at once, and it is a matrix too. So you can follow each head's
+# In this stage `lm_head` follows at once, and it is a matrix too. So you can follow each head's
 # share up to the logits: each head casts a **vote** for each character, and the logits are the sum.
 
 # %%
-W = model.to_logits.weight.detach()  # (V, C)
+W = model.lm_head.weight.detach()  # (V, C)
 votes = [W @ P[:, h * D : (h + 1) * D] @ found[0, h, -1] for h in range(H)]  # H times (V)
 votes = torch.stack([*votes, W @ bias])  # (H+1, V)
 logits = model(block)[0][0, -1].detach()  # (V)
@@ -687,8 +692,8 @@ heat_map(axes, shown[:, best], names, labels, cmap="PuOr", vmin=-limit, vmax=lim
 axes.set_title(f"after {''.join(visible(line[:T]))}", fontsize=11)
 for i, row in enumerate(shown[:, best].tolist()):
     for j, vote in enumerate(row):
-        colour = "white" if abs(vote) > 0.6 * limit else "black"
-        axes.text(j, i, f"{vote:.1f}", ha="center", va="center", size=9, color=colour)
+        color = "white" if abs(vote) > 0.6 * limit else "black"
+        axes.text(j, i, f"{vote:.1f}", ha="center", va="center", size=9, color=color)
 axes.axhline(H + 0.5, color="black")
 axes.set(xlabel="next character, likeliest first", ylabel="votes of", aspect="auto")
 plt.show()
@@ -707,7 +712,7 @@ plt.show()
 @torch.no_grad()
 def loss_with(model: Model, heads: list[int]) -> float:
     """The validation loss when only these heads are heard."""
-    weight = model.attention.projection.weight  # (C, C)
+    weight = model.attention.out_proj.weight  # (C, C)
     saved = weight.clone()
     by_head = weight.view(C, model.attention.n_head, -1)  # (C, H, D)
     for h in range(model.attention.n_head):
@@ -752,7 +757,7 @@ plt.show()
 # off as much as the first did: its votes complete the sum.
 #
 # Yet two trained heads are nearly as good as four: you saw it above. This is no contradiction. The
-# four heads learnt together, and their votes are right as a sum; what is left after one falls
+# four heads learned together, and their votes are right as a sum; what is left after one falls
 # silent is a sum with a part missing. A model trained without that head would have shared the work
 # differently. So the bars say how much this model leans on a head, not how good three heads can be.
 # It leans more on head 2, which mostly carries the character itself, than on head 0, which looks
@@ -777,18 +782,17 @@ for n_head in (1, 4):
 #
 # ## The script
 #
-# `multihead_attention.py` is the classes above and this function, unchanged since the first stage.
-# `python multihead_attention.py --attention heads` trains the list instead.
+# `multihead_attention.py` has the list of heads, and `batched_attention.py` has all heads at once.
+# Their configs, their models and this function are the same.
 
 
 # %%
-@clear_errors
 def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
+    # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    # idx: characters of the text, by number; targets: for each of them, the one that follows
-    for idx, targets in run.batches(model, optimizer):
+    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()
@@ -900,7 +904,7 @@ def take_head(matrix: Tensor, h: int, H: int) -> tuple[Tensor, Tensor, Tensor]: 
 # %% tags=["check"]
 @check
 def exercise_3() -> None:
-    matrix = batched.query_key_value.weight.detach()  # (3*C, C)
+    matrix = batched.qkv_proj.weight.detach()  # (3*C, C)
     for h, head in enumerate(listed.heads):
         answer = given(take_head(matrix, h, H))
         for name, taken in zip(("query", "key", "value"), answer, strict=True):
@@ -963,7 +967,7 @@ def exercise_4() -> None:
         "swap H and T before you merge": {"swap": False},
     }
     for n_head in (1, 4):
-        heads = MultiHeadAttention(Config(n_head=n_head)).heads
+        heads = HeadList(Config(n_head=n_head)).heads
         matrices = [
             torch.stack([getattr(head, name).weight.detach().T * 3 for head in heads])
             for name in ("query", "key", "value")
@@ -1002,8 +1006,9 @@ def exercise_4() -> None:
 #         return found.transpose(1, 2).flatten(2)  # (B, T, H*D)
 # ```
 #
-# With `H = 1` this is the head of stage 2. The script makes all queries, keys and values with one
-# product and cuts afterwards; here the stretching does that. Both are one computation.
+# With `H = 1` this is the head of stage 2. `batched_attention.py` makes all queries, keys and
+# values with one product and cuts afterwards; here broadcasting does that. Both are one
+# computation.
 #
 # The heads now gather. But nothing works on what they have gathered: after the attention come only
 # the projection and the logits. [The next notebook](04_feed_forward.ipynb) gives each position a

@@ -29,7 +29,7 @@
 # Run each cell with shift-enter, from the top.
 
 # %%
-# In Colab this fetches the course; elsewhere it does nothing.
+# In Colab this fetches the course. Everywhere it lets Python find the scripts.
 import os
 import subprocess
 import sys
@@ -37,19 +37,23 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
     os.chdir("course/notebooks")
+sys.path.insert(0, "..")
 
 # %%
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
+
+from trainer import Divides, Run
+from common import LanguageModel, Tokenizer, draw_batch
+from sample import generate
+from trainer.corpus import open_corpus
+from trainer.evaluate import exact_loss
 
 import torch
 from lesson import BLUE, GREY, ORANGE, check, given, heat_map, plt, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common import Tokenizer, clear_errors, draw_batch, load_corpus
-from sample import generate
-from training import Run, exact_loss
 
 # %% [markdown]
 # ## The text
@@ -58,8 +62,8 @@ from training import Run, exact_loss
 # example throughout.
 
 # %%
-corpus = load_corpus()
-training, validation = corpus.training.long(), corpus.validation.long()
+corpus = open_corpus(None)
+training, validation = corpus.train, corpus.validation
 tokenizer = Tokenizer(corpus.vocabulary)
 V = len(corpus.vocabulary)
 lines = tokenizer.decode(validation[:20_000].tolist()).split("\n")
@@ -72,7 +76,7 @@ print(line)
 #
 # A head of attention hands each position an average of what others say. Here is a question that no
 # average answers: *is exactly one of these two characters a vowel?* Let each character say 1 if it
-# is a vowel and 0 if not, and take the mean $m$, on real pairs of neighbours.
+# is a vowel and 0 if not, and take the mean $m$, on real pairs of neighbors.
 
 # %%
 vowel = torch.tensor([float(character in "aeiouAEIOU") for character in corpus.vocabulary])  # (V)
@@ -84,7 +88,7 @@ for m in (0.0, 0.5, 1.0):
     print(f"m = {m}: {int(pairs.sum()):6,} pairs", "-> yes" if answer[pairs].any() else "-> no")
 
 # %% [markdown]
-# The mean knows the answer: yes at ½, no on both sides. But the next thing to read it, `to_logits`,
+# The mean knows the answer: yes at ½, no on both sides. But the next thing to read it, `lm_head`,
 # is linear: it can only draw a straight line through these three points.
 #
 # **Predict before you run the next cell:** what does the best straight line look like? What is the
@@ -126,67 +130,67 @@ plt.show()
 #
 # ## The model
 #
-# The settings and the attention are those of the last notebook.
+# The config and the batched attention are those of the last notebook.
 
 
 # %%
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 8  # T: how many characters the model sees at once
-    n_embd: int = 32  # C: how many channels describe a character
-    n_head: int = 4  # H: how many heads share these channels, D = C / H each
-    batch_size: int = 32  # B: how many such blocks it learns from in one step
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 500  # how many steps pass between two evaluations
-    learning_rate: float = 1e-3  # how far a step moves the weights
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 8  # T: context length, in characters
+    n_embd: int = 32  # C: channels of the vector that represents a character
+    n_head: Annotated[int, Divides("n_embd")] = 4  # H: attention heads, each of size D = C/H
+    batch_size: int = 32  # B: sequences per training step
+    max_iters: int = 5000  # training steps
+    eval_interval: int = 500  # steps between evaluations
+    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
 
 
 # %%
-class BatchedMultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: they are a dimension, like the batch."""
+class MultiHeadAttention(nn.Module):
+    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        # No biases: softmax cancels a key's, and out_proj's replaces a value's.
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
+        self.register_buffer("causal_mask", mask, persistent=False)  # a constant: not saved
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        H = self.n_head
-        x = self.query_key_value(x)  # (B, T, 3*C)
-        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
-        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query, key, value = x  # (B, H, T, D) each
-        scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
+        x = self.qkv_proj(x)  # (B, T, 3*C)
+        x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, H, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
+        weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
         x = weights @ value  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.projection(x)
+        return self.out_proj(x)
 
 
 # %% [markdown]
-# New is this: two linear layers and a bend between them.
+# This is new: two linear layers with a ReLU between them.
 #
 # $$\text{FeedForward}(x) = W_2 \, \text{relu}(W_1 x + b_1) + b_2$$
 
 
 # %%
 class FeedForward(nn.Module):
-    """A small network that every position goes through by itself."""
+    """An MLP that processes each position separately."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.widen = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.narrow = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.widen(x))  # (B, T, 4*C)
-        return self.narrow(x)  # (B, T, C)
+        x = F.relu(self.up_proj(x))  # (B, T, 4*C)
+        return self.down_proj(x)  # (B, T, C)
 
 
 # %% [markdown]
@@ -194,17 +198,17 @@ class FeedForward(nn.Module):
 
 
 # %%
-class Model(nn.Module):
-    """Predicts the next character from all those in the block so far."""
+class Model(LanguageModel):
+    """Predicts the next character from all characters so far in the context."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.block_size = config.block_size
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        self.attention = BatchedMultiHeadAttention(config)
+        self.attention = MultiHeadAttention(config)
         self.feed_forward = FeedForward(config)
-        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
@@ -212,10 +216,10 @@ class Model(nn.Module):
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.attention(x)
         x = self.feed_forward(x)
-        logits = self.to_logits(x)  # (B, T, V)
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -229,9 +233,9 @@ idx, targets = draw_batch(training, T, B, torch.Generator().manual_seed(1))
 with torch.no_grad():
     x = model.token_embedding(idx) + model.position_embedding(torch.arange(T))  # (B, T, C)
     heard = model.attention(x)  # (B, T, C)
-    wide = model.feed_forward.widen(heard)  # (B, T, 4*C)
+    wide = model.feed_forward.up_proj(heard)  # (B, T, 4*C)
     hidden = F.relu(wide)  # (B, T, 4*C)
-    worked_out = model.feed_forward.narrow(hidden)  # (B, T, C)
+    worked_out = model.feed_forward.down_proj(hidden)  # (B, T, C)
 for name, each in (("heard", heard), ("wide", wide), ("hidden", hidden), ("out", worked_out)):
     print(f"{name:6} {tuple(each.shape)!s:13} smallest number {each.min():6.3f}")
 
@@ -293,8 +297,8 @@ counts = {
 }
 total = sum(counts.values())
 figure, axes = plt.subplots(figsize=(7.5, 2.6))
-colours = [BLUE if name == "feed forward" else GREY for name in counts]
-axes.barh(list(counts), list(counts.values()), color=colours)
+colors = [BLUE if name == "feed forward" else GREY for name in counts]
+axes.barh(list(counts), list(counts.values()), color=colors)
 for place, count in enumerate(counts.values()):
     axes.text(count + total * 0.005, place, f"{count:,} ({count / total:.0%})", va="center")
 axes.invert_yaxis()
@@ -306,7 +310,7 @@ print(f"{total:,} in all")
 # %% [markdown]
 # Two matrices of $C \times 4C$ make $8C^2$ numbers, besides the biases; the attention has $4C^2$.
 # In a large model, where $C$ is in the thousands and there are many layers of both, the embeddings
-# and `to_logits` hardly count: then about two thirds of all parameters are feed-forward.
+# and `lm_head` hardly count: then about two thirds of all parameters are feed-forward.
 #
 # ## Training
 #
@@ -349,7 +353,7 @@ for step, loss in with_bend[1::2]:
 def before_bend(idx: Tensor) -> Tensor:
     """What goes into the ReLU."""
     x = model.token_embedding(idx) + model.position_embedding(torch.arange(idx.shape[1]))
-    return model.feed_forward.widen(model.attention(x))  # (B, T, 4*C)
+    return model.feed_forward.up_proj(model.attention(x))  # (B, T, 4*C)
 
 
 windows = validation[:30_000].unfold(0, T, 1)  # (N, T)
@@ -365,8 +369,8 @@ edges = torch.linspace(-6, 6, 61)
 for panel, values, title in zip(axes, (before, after), ("before ReLU", "after ReLU"), strict=True):
     shares, _ = torch.histogram(values.flatten().clamp(-6, 6), edges)
     shares = shares / values.numel()
-    colours = [ORANGE if edge < -0.01 else BLUE for edge in edges[:-1]]
-    panel.bar(edges[:-1], shares, width=0.2, align="edge", color=colours)
+    colors = [ORANGE if edge < -0.01 else BLUE for edge in edges[:-1]]
+    panel.bar(edges[:-1], shares, width=0.2, align="edge", color=colors)
     panel.set(title=title, xlabel="activation", ylabel="share of all units")
 plt.show()
 
@@ -459,7 +463,7 @@ def said(unit: int, places: Tensor) -> Tensor:
     for factor in (1, 0):  # as it is, then silenced
         hidden = after[places].clone()  # (places, 4*C)
         hidden[:, unit] *= factor
-        logits = model.to_logits(model.feed_forward.narrow(hidden))  # (places, V)
+        logits = model.lm_head(model.feed_forward.down_proj(hidden))  # (places, V)
         probabilities.append(F.softmax(logits, dim=-1).mean(dim=0))  # (V)
     return probabilities[0] - probabilities[1]
 
@@ -483,10 +487,10 @@ for following, (unit, loudest, strength) in list(rules.items())[:8]:
     print(f"{unit:4}   {shown:50}  {visible(tokenizer.vocabulary[following])[0]} {strength:.2f}")
 
 # %% [markdown]
-# So a unit is a rule: *when* this has been read, *then* that is likelier. Its row in `widen` is the
-# when, its column in `narrow` is the then. You know many of these rules from spelling. What comes
-# before the last character counts, too: that part the attention has brought. These eight have the
-# most to say, each for another next character.
+# So a unit is a rule: *when* this has been read, *then* that is likelier. Its row in `up_proj` is
+# the when, its column in `down_proj` is the then. You know many of these rules from spelling. What
+# comes before the last character counts, too: that part the attention has brought. These eight have
+# the largest effect, each on another next character.
 #
 # ## Without the bend
 #
@@ -500,12 +504,12 @@ class AnyFeedForward(nn.Module):
 
     def __init__(self, config: Config, width: int, bend: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.widen = nn.Linear(config.n_embd, width)
-        self.narrow = nn.Linear(width, config.n_embd)
+        self.up_proj = nn.Linear(config.n_embd, width)
+        self.down_proj = nn.Linear(width, config.n_embd)
         self.bend = bend
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.bend(self.widen(x)))
+        return self.down_proj(self.bend(self.up_proj(x)))
 
 
 def no_bend(x: Tensor) -> Tensor:
@@ -541,10 +545,10 @@ for name, curve, _ in curves:
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.6))
-for (name, curve, colour), height in zip(curves, (-1, 1, 0), strict=True):
-    axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=4)
+for (name, curve, color), height in zip(curves, (-1, 1, 0), strict=True):
+    axes.plot(*zip(*curve, strict=True), color=color, marker="o", markersize=4)
     place = (curve[-1][0] * 1.02, curve[-1][1] + 0.012 * height)
-    axes.annotate(name, place, color=colour, va="center", annotation_clip=False)
+    axes.annotate(name, place, color=color, va="center", annotation_clip=False)
 axes.set(xlabel="training steps", ylabel="validation loss", xlim=(0, with_bend[-1][0] * 1.2))
 plt.show()
 
@@ -559,11 +563,11 @@ plt.show()
 # $$W_2 (W_1 x) = (W_2 W_1) x$$
 #
 # The product on the right is one matrix, known before any $x$ comes. Leave the biases aside (they
-# are exercise 3) and try it with the weights that were just learnt.
+# are exercise 3) and try it with the weights that were just learned.
 
 # %%
 with torch.no_grad():
-    W1, W2 = straight.feed_forward.widen.weight, straight.feed_forward.narrow.weight
+    W1, W2 = straight.feed_forward.up_proj.weight, straight.feed_forward.down_proj.weight
     one = W2 @ W1  # (C, C)
     in_two_steps = heard @ W1.T @ W2.T  # (B, T, C)
     in_one_step = heard @ one.T  # (B, T, C)
@@ -572,8 +576,8 @@ print(f"numbers: {W1.numel() + W2.numel():,} in two, {one.numel():,} in one")
 print("same output:", torch.allclose(in_two_steps, in_one_step, atol=1e-5))
 
 # %% [markdown]
-# Everything the wide layer learnt fits into an eighth of the numbers. And even that one is idle:
-# `to_logits` is linear too, and would swallow it the same way.
+# Everything the wide layer learned fits into an eighth of the numbers. And even that one is idle:
+# `lm_head` is linear too, and would swallow it the same way.
 #
 # With a bend there is no such matrix. Walk in small steps from what one position heard to what
 # another one heard, and watch a few channels of the output on the way.
@@ -731,13 +735,12 @@ print("".join(generate(model, tokenizer, length=300)))
 
 
 # %%
-@clear_errors
 def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
+    # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    # idx: characters of the text, by number; targets: for each of them, the one that follows
-    for idx, targets in run.batches(model, optimizer):
+    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()
@@ -817,10 +820,10 @@ def exercise_2() -> None:
 #
 # ```python
 # def by_convolution(x: Tensor, feed_forward: FeedForward) -> Tensor:
-#     widen, narrow = feed_forward.widen, feed_forward.narrow
+#     up_proj, down_proj = feed_forward.up_proj, feed_forward.down_proj
 #     x = x.transpose(1, 2)  # (B, C, T)
-#     x = F.relu(F.conv1d(x, widen.weight[:, :, None], widen.bias))  # (B, 4*C, T)
-#     x = F.conv1d(x, narrow.weight[:, :, None], narrow.bias)  # (B, C, T)
+#     x = F.relu(F.conv1d(x, up_proj.weight[:, :, None], up_proj.bias))  # (B, 4*C, T)
+#     x = F.conv1d(x, down_proj.weight[:, :, None], down_proj.bias)  # (B, C, T)
 #     return x.transpose(1, 2)  # (B, T, C)
 # ```
 #
@@ -828,28 +831,28 @@ def exercise_2() -> None:
 #
 # ### 3 · Two layers into one
 #
-# Return the one matrix `(C, C)` and the one bias `(C)` that do what `widen` and `narrow` do when
-# there is no bend between them. Multiply out $W_2 (W_1 x + b_1) + b_2$.
+# Return the one matrix `(C, C)` and the one bias `(C)` that do what `up_proj` and `down_proj` do
+# when there is no activation function between them. Multiply out $W_2 (W_1 x + b_1) + b_2$.
 
 
 # %% tags=["exercise"]
-def collapse(widen: nn.Linear, narrow: nn.Linear) -> tuple[Tensor, Tensor]: ...
+def collapse(up_proj: nn.Linear, down_proj: nn.Linear) -> tuple[Tensor, Tensor]: ...
 
 
 # %% tags=["check"]
 @check
 def exercise_3() -> None:
-    widen, narrow = straight.feed_forward.widen, straight.feed_forward.narrow
+    up_proj, down_proj = straight.feed_forward.up_proj, straight.feed_forward.down_proj
     with torch.no_grad():
-        matrix, bias = given(collapse(widen, narrow))
+        matrix, bias = given(collapse(up_proj, down_proj))
         assert matrix.shape == (C, C), (
             f"the matrix is {tuple(matrix.shape)}: which one comes first?"
         )
         assert bias.shape == (C,), f"the bias has the shape {tuple(bias.shape)}, not ({C},)"
         x = torch.randn(100, C, generator=torch.Generator().manual_seed(1))
-        wanted, nothing = narrow(widen(x)), narrow(widen(torch.zeros(C)))
+        wanted, nothing = down_proj(up_proj(x)), down_proj(up_proj(torch.zeros(C)))
         near = torch.allclose(x @ matrix.T, wanted - nothing, atol=1e-4)
-        assert near, "the matrix is not the product of the two weights, narrow's on the left"
+        assert near, "the matrix is not the product of the two weights, down_proj's on the left"
         assert torch.allclose(bias, nothing, atol=1e-4), (
             f"the bias is off by up to {(bias - nothing).abs().max():.2f}: "
             "the first layer's bias goes through the second layer, too"
@@ -867,8 +870,8 @@ def exercise_3() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def collapse(widen: nn.Linear, narrow: nn.Linear) -> tuple[Tensor, Tensor]:
-#     return narrow.weight @ widen.weight, narrow.weight @ widen.bias + narrow.bias
+# def collapse(up_proj: nn.Linear, down_proj: nn.Linear) -> tuple[Tensor, Tensor]:
+#     return down_proj.weight @ up_proj.weight, down_proj.weight @ up_proj.bias + down_proj.bias
 # ```
 #
 # </details>

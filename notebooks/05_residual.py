@@ -27,7 +27,7 @@
 # - take a trained model apart, block by block, and say what each is worth.
 
 # %%
-# In Colab this fetches the course; elsewhere it does nothing.
+# In Colab this fetches the course. Everywhere it lets Python find the scripts.
 import os
 import subprocess
 import sys
@@ -35,22 +35,26 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
     os.chdir("course/notebooks")
+sys.path.insert(0, "..")
 
 # %%
 from dataclasses import dataclass
+from typing import Annotated
+
+from trainer import Divides, Run
+from common import LanguageModel, Tokenizer, draw_batch
+from sample import generate
+from trainer.corpus import open_corpus
+from trainer.evaluate import exact_loss
 
 import torch
 from lesson import BLUE, GREEN, GREY, ORANGE, check, given, heat_map, plt, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Tokenizer, clear_errors, draw_batch, load_corpus
-from sample import generate
-from training import Run, exact_loss
-
 # %%
-corpus = load_corpus()
-training, validation = corpus.training, corpus.validation
+corpus = open_corpus(None)
+training, validation = corpus.train, corpus.validation
 validation = validation[: len(validation) // 4]
 tokenizer = Tokenizer(corpus.vocabulary)
 V = len(corpus.vocabulary)
@@ -68,61 +72,61 @@ print(f"{V} characters, {len(training):,} to train on, {len(validation):,} to va
 # %%
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 8  # T: how many characters the model sees at once
-    n_embd: int = 32  # C: how many channels describe a character
-    n_head: int = 4  # H: how many heads share these channels, D = C / H each
-    n_layer: int = 3  # how many blocks are stacked
-    residual: bool = True  # whether each block adds to its input or replaces it
-    batch_size: int = 32  # B: how many such blocks it learns from in one step
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 500  # how many steps pass between two evaluations
-    learning_rate: float = 1e-3  # how far a step moves the weights
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 8  # T: context length, in characters
+    n_embd: int = 32  # C: channels of the vector that represents a character
+    n_head: Annotated[int, Divides("n_embd")] = 4  # H: attention heads, each of size D = C/H
+    n_layer: int = 3  # number of blocks
+    residual: bool = True  # skip connections around attention and feed-forward
+    batch_size: int = 32  # B: sequences per training step
+    max_iters: int = 5000  # training steps
+    eval_interval: int = 500  # steps between evaluations
+    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
 
 
 # %% [markdown]
-# The two parts are those of the last stages.
+# Attention and the feed-forward network are those of the last stages.
 
 
 # %%
-class BatchedMultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: they are a dimension, like the batch."""
+class MultiHeadAttention(nn.Module):
+    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        # No biases: softmax cancels a key's, and out_proj's replaces a value's.
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
+        self.register_buffer("causal_mask", mask, persistent=False)  # a constant: not saved
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        H = self.n_head
-        x = self.query_key_value(x)  # (B, T, 3*C)
-        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
-        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query, key, value = x  # (B, H, T, D) each
-        scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
+        x = self.qkv_proj(x)  # (B, T, 3*C)
+        x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, H, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
+        weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
         x = weights @ value  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.projection(x)
+        return self.out_proj(x)
 
 
 # %%
 class FeedForward(nn.Module):
-    """A small network that every position goes through by itself."""
+    """An MLP that processes each position separately."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.widen = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.narrow = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.widen(x))  # (B, T, 4*C)
-        return self.narrow(x)  # (B, T, C)
+        x = F.relu(self.up_proj(x))  # (B, T, 4*C)
+        return self.down_proj(x)  # (B, T, C)
 
 
 # %% [markdown]
@@ -133,12 +137,12 @@ class FeedForward(nn.Module):
 
 # %%
 class Block(nn.Module):
-    """Communicate, then compute; each adds its part to what was there."""
+    """Attention, then feed-forward; each adds its output to its input."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.residual = config.residual
-        self.attention = BatchedMultiHeadAttention(config)
+        self.attention = MultiHeadAttention(config)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,8 +158,8 @@ class Block(nn.Module):
 
 
 # %%
-class Model(nn.Module):
-    """Predicts the next character from all those in the block so far."""
+class Model(LanguageModel):
+    """Predicts the next character from all characters so far in the context."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -163,17 +167,17 @@ class Model(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.Sequential(*[Block(config) for _ in range(config.n_layer)])
-        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
         positions = torch.arange(T, device=idx.device)  # (T)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.blocks(x)
-        logits = self.to_logits(x)  # (B, T, V)
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -216,7 +220,7 @@ plt.show()
 #
 # ## Depth without additions
 #
-# The learning lines are those of every stage. They stand in a function here, because six models are
+# The training lines are those of every stage. They are in a function here, because six models are
 # to be trained: one, three and six blocks, with and without additions.
 
 
@@ -434,7 +438,7 @@ plt.show()
 #
 # ## The residual stream
 #
-# Look at the model of additions in another way. From the embedding to `to_logits` there is one
+# Look at the model of additions in another way. From the embedding to `lm_head` there is one
 # vector per position, the **stream**. A part reads it, works out something and writes that back, as
 # a sum. Nothing is ever replaced:
 #
@@ -465,7 +469,7 @@ written, stream = read_stream(model, idx)
 logits, _ = model(idx)  # (B, T, V)
 names = ["embedding"]
 names += [f"{part} {i}" for i in range(1, n_layer + 1) for part in ("attention", "feed-forward")]
-difference = (model.to_logits(sum(written)) - logits).abs().max().item()
+difference = (model.lm_head(sum(written)) - logits).abs().max().item()
 print(f"{len(written)} summands; their sum gives the logits of the model: {difference < 1e-3}")
 
 # %% [markdown]
@@ -494,7 +498,7 @@ plt.show()
 #
 # ## If the model stopped here
 #
-# `to_logits` reads the last stream. Since all streams have the same channels, it can also read an
+# `lm_head` reads the last stream. Since all streams have the same channels, it can also read an
 # earlier one: what would the model say if it stopped here? This is called the **logit lens**.
 #
 # **Predict:** draw the loss by depth, from the bare embedding to the last block. Does it fall
@@ -502,7 +506,7 @@ plt.show()
 
 # %%
 with torch.no_grad():
-    lens = [model.to_logits(x) for x in stream]  # (B, T, V) each
+    lens = [model.lm_head(x) for x in stream]  # (B, T, V) each
 lens_losses = [F.cross_entropy(each.flatten(0, 1), targets.flatten()).item() for each in lens]
 figure, axes = plt.subplots(figsize=(9, 3.6))
 axes.plot(lens_losses, color=ORANGE, linewidth=1.5)
@@ -517,7 +521,7 @@ for name, loss in zip(names, lens_losses, strict=True):
 
 # %% [markdown]
 # It falls step by step, and no single part does the work. At the bottom it is worse than the
-# frequencies alone: the embedding says what *is* there, and `to_logits` was only ever trained to
+# frequencies alone: the embedding says what *is* there, and `lm_head` was only ever trained to
 # read the top. Most feed-forwards (green) bring it down by more than the attention (blue) before
 # them, but they can only work on what the attention has fetched.
 #
@@ -555,13 +559,13 @@ plt.show()
 #
 # ### Who voted for it
 #
-# `to_logits` is a matrix, and a matrix times a sum is the sum of the products. So the logits, too,
+# `lm_head` is a matrix, and a matrix times a sum is the sum of the products. So the logits, too,
 # are a sum, with one summand for each part: its vote. Only differences between logits count, so the
 # mean over the vocabulary is taken off each vote.
 
 # %%
 with torch.no_grad():
-    votes = torch.stack([model.to_logits(x[row, place]) for x in written])  # (13, V)
+    votes = torch.stack([model.lm_head(x[row, place]) for x in written])  # (13, V)
 votes = votes - votes.mean(dim=-1, keepdim=True)
 candidates = votes.sum(dim=0).topk(8).indices
 labels = visible(tokenizer.decode(candidates.tolist()))
@@ -647,13 +651,12 @@ for residual, label in ((True, "added"), (False, "replaced")):
 
 
 # %%
-@clear_errors
 def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
+    # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    # idx: characters of the text, by number; targets: for each of them, the one that follows
-    for idx, targets in run.batches(model, optimizer):
+    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()
@@ -830,7 +833,7 @@ def exercise_4() -> None:
             "with an open gate it must be x + g * f(x): only f(x) goes through the gate"
         )
     print(f"gradient at the start: gate {gradient.item():.2f}, ", end="")
-    print(f"part {gated.part.narrow.weight.grad.abs().max().item():.2f}")
+    print(f"part {gated.part.down_proj.weight.grad.abs().max().item():.2f}")
 
 
 # %% [markdown]

@@ -29,7 +29,7 @@
 # does not mend.
 
 # %%
-# In Colab this fetches the course; elsewhere it does nothing.
+# In Colab this fetches the course. Everywhere it lets Python find the scripts.
 import os
 import subprocess
 import sys
@@ -37,25 +37,28 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
     os.chdir("course/notebooks")
+sys.path.insert(0, "..")
 
 # %%
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import residual
+from trainer import Divides, Run
+from common import LanguageModel, Tokenizer, draw_batch
+from sample import generate
+from trainer.corpus import open_corpus
+from trainer.evaluate import exact_loss
 
 import torch
 from lesson import BLUE, GREEN, GREY, ORANGE, check, given, heat_map, plt, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import residual
-from common import Tokenizer, clear_errors, draw_batch, load_corpus
-from sample import generate
-from training import Run, exact_loss
-
 # %%
-corpus = load_corpus()
-training, validation = corpus.training, corpus.validation
+corpus = open_corpus(None)
+training, validation = corpus.train, corpus.validation
 tokenizer = Tokenizer(corpus.vocabulary)
 V = len(corpus.vocabulary)
 C = 32  # channels
@@ -65,7 +68,7 @@ print("idx", tuple(idx.shape), "vocabulary", V)
 # %% [markdown]
 # ## Sums grow
 #
-# Here is the model of stage 5, fresh from its random start, with 16 blocks instead of 3. As a
+# Here is the model of the last notebook, untrained, with 16 blocks instead of 3. As a
 # measure of **size** take the root of the mean square of all numbers in a tensor.
 #
 # **Predict before you run the next cell:** each block adds a little to `x`. How does the size go
@@ -107,8 +110,8 @@ plt.show()
 # those before, and the variances of such numbers add up. So a late block finds larger numbers than
 # an early one.
 #
-# The table of logits reads the largest numbers of all. So the deep model begins sure of things
-# that it cannot know.
+# `lm_head`, which makes the logits, reads the largest numbers of all. So the deep model begins sure
+# of things that it cannot know.
 
 # %%
 ln_V = torch.tensor(float(V)).log().item()
@@ -425,7 +428,7 @@ plt.show()
 # Follow the grey line from x to the end. In **pre** it meets nothing but sums: the straight way of
 # the last notebook stays free, for the numbers and for the gradient. In **post** every norm
 # stands on it. Pre leaves the sum to grow, so one more norm follows the last block, before
-# the table of logits; post needs none.
+# `lm_head`; post needs none.
 #
 # Here is `layer_norm.py`. Attention and feed-forward are those of the last stage.
 
@@ -433,57 +436,57 @@ plt.show()
 # %%
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 8  # T: how many characters the model sees at once
-    n_embd: int = 32  # C: how many channels describe a character
-    n_head: int = 4  # H: how many heads share these channels, D = C / H each
-    n_layer: int = 3  # how many blocks are stacked
-    norm: Literal["pre", "post"] = "pre"  # normalise before each part of a block, or after the sum
-    batch_size: int = 32  # B: how many such blocks it learns from in one step
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 500  # how many steps pass between two evaluations
-    learning_rate: float = 1e-3  # how far a step moves the weights
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 8  # T: context length, in characters
+    n_embd: int = 32  # C: channels of the vector that represents a character
+    n_head: Annotated[int, Divides("n_embd")] = 4  # H: attention heads, each of size D = C/H
+    n_layer: int = 3  # number of blocks
+    norm: Literal["pre", "post"] = "pre"  # normalize the input of a sublayer, or the sum after it
+    batch_size: int = 32  # B: sequences per training step
+    max_iters: int = 5000  # training steps
+    eval_interval: int = 500  # steps between evaluations
+    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
 
 
 # %%
-class BatchedMultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: they are a dimension, like the batch."""
+class MultiHeadAttention(nn.Module):
+    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
+        # No biases: softmax cancels a key's, and out_proj's replaces a value's.
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
+        self.register_buffer("causal_mask", mask, persistent=False)  # a constant: not saved
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        H = self.n_head
-        x = self.query_key_value(x)  # (B, T, 3*C)
-        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
-        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query, key, value = x  # (B, H, T, D) each
-        scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5  # (B, H, T, T)
+        x = self.qkv_proj(x)  # (B, T, 3*C)
+        x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, H, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # what a position takes from each: shares of 1
+        weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
         x = weights @ value  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.projection(x)
+        return self.out_proj(x)
 
 
 # %%
 class FeedForward(nn.Module):
-    """A small network that every position goes through by itself."""
+    """An MLP that processes each position separately."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.widen = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.narrow = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.widen(x))  # (B, T, 4*C)
-        return self.narrow(x)  # (B, T, C)
+        x = F.relu(self.up_proj(x))  # (B, T, 4*C)
+        return self.down_proj(x)  # (B, T, C)
 
 
 # %% [markdown]
@@ -493,13 +496,13 @@ class FeedForward(nn.Module):
 
 # %%
 class Block(nn.Module):
-    """Communicate, then compute; each adds its part to what was there."""
+    """Attention, then feed-forward; each adds its output to its input."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.norm = config.norm
         self.attention_norm = nn.LayerNorm(config.n_embd)
-        self.attention = BatchedMultiHeadAttention(config)
+        self.attention = MultiHeadAttention(config)
         self.feed_forward_norm = nn.LayerNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
 
@@ -513,8 +516,8 @@ class Block(nn.Module):
 
 
 # %%
-class Model(nn.Module):
-    """Predicts the next character from all those in the block so far."""
+class Model(LanguageModel):
+    """Predicts the next character from all characters so far in the context."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -523,17 +526,17 @@ class Model(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.Sequential(*[Block(config) for _ in range(config.n_layer)])
         self.final_norm = nn.LayerNorm(config.n_embd) if config.norm == "pre" else nn.Identity()
-        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
         positions = torch.arange(T, device=idx.device)  # (T)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.blocks(x)
-        logits = self.to_logits(self.final_norm(x))  # (B, T, V)
+        logits = self.lm_head(self.final_norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -577,8 +580,8 @@ plt.show()
 #
 # ## Training
 #
-# Three blocks, as in the script, and fewer steps, for each kind in turn. The model of
-# stage 5 runs along as `none`.
+# Three blocks, as in the script, and fewer steps, for each kind in turn. The model of the last
+# notebook, without norms, is `none`.
 
 # %%
 models, curves, losses = {}, {}, {}
@@ -648,7 +651,7 @@ labels = []
 for i, (name, norm) in enumerate(norms):
     gains = norm.weight.detach()  # (C)
     axes.plot(gains, torch.full_like(gains, i), "o", color=BLUE, alpha=0.4)
-    label = name.removesuffix("_norm").replace("final", "table of logits").replace("_", "-")
+    label = name.removesuffix("_norm").replace("_", "-").replace("final", "lm_head")
     labels.append(label.replace("blocks.", "block ").replace(".", ", "))
 axes.axvline(1, color=GREY, linestyle="--")
 axes.set_yticks(range(len(norms)), labels)
@@ -663,8 +666,8 @@ plt.show()
 #
 # ## What it buys: longer strides
 #
-# Where depth and learning rate are small, stage 5 gets along without norms. Ask for more: six
-# blocks, and a learning rate of 0.03, thirty times that of the script.
+# Where depth and learning rate are small, the model of the last notebook does well without norms.
+# Ask for more: six blocks, and a learning rate of 0.03, thirty times that of the script.
 #
 # **Predict before you run the next cell:** which of the three learns, and what may happen to the
 # others?
@@ -740,17 +743,16 @@ print("".join(generate(models["pre"], tokenizer, length=250)))
 # %% [markdown]
 # ## The script
 #
-# `layer_norm.py` is the classes above and this function, which has not changed since stage 1.
+# `layer_norm.py` is the classes above and this function, the same as in all stages before.
 
 
 # %%
-@clear_errors
 def main() -> None:
     run = Run(Config)
     model = Model(run.config).to(run.device)
+    # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    # idx: characters of the text, by number; targets: for each of them, the one that follows
-    for idx, targets in run.batches(model, optimizer):
+    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()

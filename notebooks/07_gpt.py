@@ -21,7 +21,7 @@
 #
 # - say what dropout, initialisation, weight decay, warm-up and clipping each do, and measure what
 #   each is worth at a size that trains in seconds;
-# - count the parameters and the operations of a GPT with pencil and paper;
+# - count the parameters and the FLOPs of a GPT with pencil and paper;
 # - show that more context makes the next character easier;
 # - sample with a temperature and with top-k;
 # - explain the key-value cache, and why the text is the same with it;
@@ -31,7 +31,7 @@
 # does not mend.
 
 # %%
-# In Colab this fetches the course; elsewhere it does nothing.
+# In Colab this fetches the course. Everywhere it lets Python find the scripts.
 import os
 import subprocess
 import sys
@@ -39,6 +39,7 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
     os.chdir("course/notebooks")
+sys.path.insert(0, "..")
 
 # %%
 import copy
@@ -47,58 +48,56 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
+
+from trainer import Divides, Fraction, NonNegative, NonNegativeInt, Run
+from common import LanguageModel, Tokenizer, draw_batch, pick_device
+from data import pocket_play
+from sample import generate, load
+from trainer.corpus import open_corpus
+from trainer.evaluate import exact_loss
+from trainer.layers import Dropout, attention
+from trainer.machine import fast_dtype
 
 import torch
 from lesson import BLUE, GREY, ORANGE, QUICK, check, given, heat_map, plt, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common import Tokenizer, clear_errors, draw_batch, load_corpus, pick_device
-from data import pocket_play
-from machine import operations, pick_number_format
-from sample import generate, load
-from training import Run, exact_loss
+from torch.utils.flop_counter import FlopCounterMode
 
 # %%
-corpus = load_corpus()
+corpus = open_corpus(None)
 vocabulary = corpus.vocabulary
 V = len(vocabulary)
 tokenizer = Tokenizer(vocabulary)
-training, validation = corpus.training, corpus.validation
+training, validation = corpus.train, corpus.validation
 held = validation[: steps(20_000)]  # enough of it to compare short trainings
 print(f"{len(training):,} characters to train on, {V} different ones")
 
 # %% [markdown]
 # ## Two sizes
 #
-# All that can be chosen stands in one place. The preset `full` is for a graphics card: 384 channels
-# in 6 layers, and 256 characters of context. `small` learns on a laptop in minutes, and it is the
-# one that writes in this notebook.
+# All hyperparameters are in one place. The preset `full` is for a GPU: 384 channels in 6 layers,
+# and 256 characters of context. `small` learns on a laptop in minutes, and it is the one that
+# writes in this notebook.
+
 
 # %%
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-
-
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 256  # T: how many characters the model sees at once
-    n_embd: int = 384  # C: how many channels describe a character
-    n_head: int = 6  # H: how many heads share these channels, D = C / H each
-    n_layer: int = 6  # how many blocks are stacked
-    dropout: float = 0.2  # which share of the numbers is silenced at random while training
-    batch_size: int = 64  # B: how many such blocks it learns from in one step
-    grad_accumulation: int = 1  # how many portions, at least, a batch is taken in: less memory
-    max_iters: int = 5000  # how many steps it learns for
-    eval_interval: int = 250  # how many steps pass between two evaluations
-    learning_rate: float = 1e-3  # how far a step moves the weights
-    warmup_iters: int = 100  # how many steps the learning rate takes to rise to that
-    weight_decay: float = 0.1  # how strongly the matrices are drawn towards zero
-    gradient_clip: float = 1.0  # how long the gradient may be
-    precision: Precision = "auto"  # the number format of the matrix products
-    fused: bool | None = None  # whether attention is one call of PyTorch's
-    compile: bool | None = None  # whether PyTorch compiles the model before it trains
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 256  # T: context length, in characters
+    n_embd: int = 384  # C: channels of the vector that represents a character
+    n_head: Annotated[int, Divides("n_embd")] = 6  # H: attention heads, each of size D = C/H
+    n_layer: int = 6  # number of blocks
+    dropout: Fraction = 0.2  # probability that an activation is zeroed during training
+    batch_size: int = 64  # B: sequences per training step
+    max_iters: int = 5000  # training steps
+    eval_interval: int = 250  # steps between evaluations
+    learning_rate: float = 1e-3  # size of AdamW's steps, at its peak
+    warmup_iters: NonNegativeInt = 100  # steps over which the learning rate rises to its peak
+    weight_decay: NonNegative = 0.1  # how fast weights that get no gradient shrink
+    gradient_clip: float = 1.0  # maximum gradient norm
 
 
 # %%
@@ -117,6 +116,23 @@ PRESETS = {
 }
 
 # %% [markdown]
+# Most experiments below take a model that trains in seconds.
+
+# %%
+tiny = Config(
+    vocab_size=V,
+    block_size=32,
+    n_embd=64,
+    n_head=4,
+    n_layer=2,
+    dropout=0.0,
+    batch_size=16,
+    max_iters=150,
+    warmup_iters=15,
+    learning_rate=3e-3,
+)
+
+# %% [markdown]
 # ## Dropout
 #
 # A large model can learn a small text by heart. Dropout makes that hard: while training, each
@@ -124,29 +140,9 @@ PRESETS = {
 #
 # If a share $p$ is missing, what remains is too small. So it is scaled up by $1/(1-p)$, and the
 # mean stays.
-
-
-# %%
-class Dropout(nn.Dropout):
-    """Silences a share of the numbers at random while training, and scales up the others."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not self.training or self.p == 0:
-            return super().forward(x)
-        # On a processor drawing is slow, so each number, of 64 bits, is cut into four of 16. These
-        # run from -2**15 to 2**15 - 1; what gets one from the lowest share is silenced.
-        draws = (
-            torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-            .random_(-(2**63), None)
-            .view(torch.int16)[: x.numel()]
-            .view(x.shape)
-        )
-        keep = draws >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
-        return x * keep.to(x.dtype).div_(1 - self.p)
-
-
-# %% [markdown]
-# The long part is only a faster way to draw on a processor; PyTorch's `nn.Dropout` does the same.
+#
+# `Dropout` comes from `trainer.layers`. It equals PyTorch's `nn.Dropout`, with faster random
+# numbers on a CPU.
 
 # %%
 torch.manual_seed(1)
@@ -185,89 +181,62 @@ print(f"in use:   mean {dropout(ones).mean():.3f}, different {dropout(ones).uniq
 
 
 # %%
-class Cache:
-    """The keys and values of the characters so far: sampling need not compute them again."""
+class KVCache:
+    """The keys and values of the characters so far, so that none is computed twice."""
 
     def __init__(self) -> None:
-        self.pair: Tensor | None = None  # keys and values: (2, B, H, S, D)
+        self.length = 0  # S: how many characters are in it
 
-    def extend(self, pair: Tensor) -> Tensor:
-        self.pair = pair if self.pair is None else torch.cat((self.pair, pair), dim=3)
-        return self.pair
-
-    @property
-    def length(self) -> int:
-        return 0 if self.pair is None else self.pair.shape[3]
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.length:
+            key = torch.cat((self.key, key), dim=2)  # (B, H, S, D)
+            value = torch.cat((self.value, value), dim=2)  # (B, H, S, D)
+        self.key, self.value, self.length = key, value, key.shape[2]
+        return key, value
 
 
 # %%
-class BatchedMultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: they are a dimension, like the batch."""
+class MultiHeadAttention(nn.Module):
+    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)
-        # What may not be seen is -inf: added to the scores, it costs a pass less than masked_fill.
-        mask = torch.full((config.block_size, config.block_size), float("-inf")).triu(1)  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)
-        self.dropout = Dropout(config.dropout)
-        self.fused = config.fused
+        # No biases: softmax cancels a key's, and out_proj's replaces a value's.
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = Dropout(config.dropout)  # of attention weights
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        H = self.n_head
-        x = self.query_key_value(x)  # (B, T, 3*C)
-        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
-        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query, key, value = x  # (B, H, T, D) each
+        x = self.qkv_proj(x)  # (B, T, 3*C)
+        x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
-            key, value = cache.extend(x[1:])  # (B, H, S, D) both
-        S = key.shape[2]  # these T characters, and those in the cache
-        mask = self.causal_mask[S - T : S, :S].to(query.dtype)  # (T, S)
-        # PyTorch's own call does the same without storing the weights: a graphics card is faster
-        # with it, a processor with the lines below it.
-        if self.fused or (self.fused is None and x.device.type != "cpu"):
-            x = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=None if S == T else mask,
-                dropout_p=self.dropout.p if self.training else 0.0,
-                is_causal=S == T,
-            )  # (B, H, T, D)
-        else:
-            scores = (query * key.shape[-1] ** -0.5) @ key.transpose(2, 3) + mask  # (B, H, T, S)
-            weights = self.dropout(F.softmax(scores, dim=-1))  # shares of 1, some silenced
-            x = weights @ value  # (B, H, T, D)
+            key, value = cache.extend(key, value)  # (B, H, S, D) both
+        # The scores, mask, softmax and weighted average of layer_norm.py, as fast as possible.
+        x = attention(query, key, value, self.dropout)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.projection(x)
+        return self.out_proj(x)
 
 
 # %% [markdown]
-# Both branches of that `if` compute the same. PyTorch's own call does it in one go, without ever
-# storing the `(B, H, T, S)` weights, which on a graphics card is faster.
+# `attention` stands for the lines that you know: scores, mask, softmax, weighted average. It is in
+# `trainer.layers`, because it computes them in the way that is fastest on this machine. On a GPU it
+# calls PyTorch's `scaled_dot_product_attention`, which never stores the `(B, H, T, S)` weights. All
+# three give the same.
 
 # %%
 torch.manual_seed(1)
-tiny = Config(
-    vocab_size=V,
-    block_size=32,
-    n_embd=64,
-    n_head=4,
-    n_layer=2,
-    dropout=0.0,
-    batch_size=16,
-    max_iters=150,
-    warmup_iters=15,
-    learning_rate=3e-3,
-)
-attention = BatchedMultiHeadAttention(tiny)
-x = torch.randn(2, tiny.block_size, tiny.n_embd)  # (B, T, C)
-by_lines = attention(x)  # (B, T, C)
-attention.fused = True
-print(f"largest difference {(attention(x) - by_lines).abs().max().item():.1e}")
+query, key, value = torch.randn(3, 2, 4, 32, 16)  # (B, H, T, D) each
+scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, H, T, T)
+mask = torch.ones(32, 32, dtype=torch.bool).tril()  # (T, T)
+plain = F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ value  # (B, H, T, D)
+for name, fast in (
+    ("trainer.layers", attention(query, key, value, Dropout(0.0))),
+    ("PyTorch's", F.scaled_dot_product_attention(query, key, value, is_causal=True)),
+):
+    print(f"{name:14} largest difference {(fast - plain).abs().max().item():.1e}")
 
 # %% [markdown]
 # That is rounding. Then the feed-forward network, and the block: dropout again, on what each part
@@ -276,39 +245,39 @@ print(f"largest difference {(attention(x) - by_lines).abs().max().item():.1e}")
 
 # %%
 class FeedForward(nn.Module):
-    """A small network that every position goes through by itself."""
+    """An MLP that processes each position separately."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.widen = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.narrow = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.widen(x))  # (B, T, 4*C)
-        return self.narrow(x)  # (B, T, C)
+        x = F.relu(self.up_proj(x))  # (B, T, 4*C)
+        return self.down_proj(x)  # (B, T, C)
 
 
 # %%
 class Block(nn.Module):
-    """Communicate, then compute; each adds its part to what was there."""
+    """Attention, then feed-forward; each adds its output to its input."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.n_embd)
-        self.attention = BatchedMultiHeadAttention(config)
+        self.attention = MultiHeadAttention(config)
         self.feed_forward_norm = nn.LayerNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x
 
 
 # %%
-class Model(nn.Module):
-    """Predicts the next character from all those in the block so far."""
+class Model(LanguageModel):
+    """Predicts the next character from all characters so far in the context."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -317,46 +286,44 @@ class Model(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.final_norm = nn.LayerNorm(config.n_embd)
-        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = Dropout(config.dropout)
-        self.initialize(config.n_layer)
-
-    def initialize(self, n_layer: int) -> None:
         for name, parameter in self.named_parameters():
-            if name.endswith(("projection.weight", "narrow.weight")):
-                # 2 * n_layer of these feed the residual sum: together they add up to 0.02 again.
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
+            if name.endswith(("out_proj.weight", "down_proj.weight")):
+                # 2 * n_layer of these add to the residual stream: together they have std 0.02.
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, caches: list[Cache] | None = None
+        self, idx: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         B, T = idx.shape
-        first = caches[0].length if caches else 0  # the position of the first character
-        positions = torch.arange(first, first + T, device=idx.device)  # (T)
+        start = cache[0].length if cache else 0
+        positions = torch.arange(start, start + T, device=idx.device)  # (T)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, caches[i] if caches else None)
-        logits = self.to_logits(self.final_norm(x))  # (B, T, V)
+            x = block(x, cache[i] if cache else None)
+        logits = self.lm_head(self.final_norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    def new_caches(self) -> list[Cache]:
-        return [Cache() for _ in self.blocks]
+    def new_cache(self) -> list[KVCache]:
+        return [KVCache() for _ in self.blocks]
 
 
 # %% [markdown]
 # ## Initialisation
 #
-# `initialize` draws every matrix with a spread of 0.02. Small weights make small logits, and with
-# small logits every character is nearly as likely as any other. You know which loss that is.
+# `Model` initializes every matrix with a standard deviation of 0.02. Small weights make small
+# logits, and with small logits every character is nearly as likely as any other. You know which
+# loss that is.
 #
 # **Predict before you run the next cell:** what is the first loss of a model whose weights are all
 # drawn with a spread of 1?
@@ -397,15 +364,15 @@ print(f"{'ln V':14}            {math.log(V):6.2f}")
 # The blocks add to one sum, the **residual stream**. Each of the `n_layer` blocks adds twice, and
 # what is drawn independently adds up in its variance: $2 \cdot n_\text{layer}$ parts of spread $s$
 # make a spread of $s\sqrt{2 \cdot n_\text{layer}}$. So the two matrices of a block that write into
-# the sum, `projection` and `narrow`, are drawn smaller by $1/\sqrt{2 \cdot n_\text{layer}}$. Here
-# is the stream of a model with 24 layers, with that factor and without.
+# the sum, `out_proj` and `down_proj`, are initialized smaller by $1/\sqrt{2 \cdot n_\text{layer}}$.
+# Here is the stream of a model with 24 layers, with that factor and without.
 
 
 # %%
 def without_factor(model: nn.Module) -> None:
     """Undo the factor that makes the residual parts smaller."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("projection.weight", "narrow.weight")):
+        if name.endswith(("out_proj.weight", "down_proj.weight")):
             parameter.data *= math.sqrt(2 * len(model.blocks))
 
 
@@ -462,23 +429,25 @@ for depth in (6, 24, 96):
 
 # %%
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW that decays the matrices; biases and norms have nothing to gain from being small."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    """AdamW with weight decay for matrices and embeddings, none for biases and norms."""
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.dim() == 2]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate_at(0, config), betas=(0.9, 0.99), fused=True)
+    lr = learning_rate_at(0, config)
+    # betas: squared gradients are averaged over 100 steps; PyTorch's 1,000 adapt too slowly here.
+    return torch.optim.AdamW(
+        groups, lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
 
 
 # %%
 def learning_rate_at(step: int, config: Config) -> float:
-    """Up in a straight line, then down along half a cosine to a tenth."""
+    """Linear warm-up, then half a cosine from the peak down to a tenth of it."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return config.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 # %%
@@ -495,7 +464,7 @@ for group in make_optimizer(model, tiny).param_groups:
 
 # %%
 optimizer = make_optimizer(model, tiny)
-matrix, vector = model.blocks[0].attention.projection.weight, model.final_norm.weight
+matrix, vector = model.blocks[0].attention.out_proj.weight, model.final_norm.weight
 for group in optimizer.param_groups:
     group["lr"] = 1e-2
 for parameter in model.parameters():
@@ -710,55 +679,66 @@ plt.show()
 # %% [markdown]
 # On the left the model learns its 10,000 characters ever better, while from the middle on it gets
 # worse on others: it learns by heart. On the right the two curves stay closer, and the blue one
-# does not turn up by the end. But its lowest point is no better than that on the left: dropout
+# hardly turns up by the end. But its lowest point is no better than that on the left: dropout
 # makes this long training harmless, it does not replace text. The preset `small` sees its million
 # characters only about four times and has no dropout at all; `full` sees them about eighty times.
 #
 # ## What makes it fast
 #
-# Three things change speed or memory, and hardly the result. First, **portions**: a batch that
-# is too large for the memory is taken in parts. The gradients add up over `backward` until
-# `zero_grad`, so the mean over the parts is the gradient of the whole.
+# Two things change speed or memory, and hardly the result. First, **micro-batches**: a batch that
+# does not fit in memory is processed in parts. The gradients add up over `backward` until
+# `zero_grad`. If each loss is multiplied by its part's fraction of the batch, their sum is the
+# gradient of the whole.
 
 # %%
 torch.manual_seed(1)
 model = Model(tiny)
 idx, targets = draw_batch(training, tiny.block_size, 16, torch.Generator().manual_seed(1))
 model(idx, targets)[1].backward()
-whole = model.to_logits.weight.grad.clone()  # (V, C)
+whole = model.lm_head.weight.grad.clone()  # (V, C)
 model.zero_grad()
-for part, its_targets in zip(idx.chunk(4), targets.chunk(4), strict=True):
+for part, its_targets in zip(idx.tensor_split(3), targets.tensor_split(3), strict=True):
+    weight = len(part) / len(idx)
     loss = model(part, its_targets)[1]
-    (loss / 4).backward()
-difference = (model.to_logits.weight.grad - whole).abs().max() / whole.abs().max()
-print(f"largest difference, as a share of the largest gradient: {difference:.1e}")
+    (weight * loss).backward()
+difference = (model.lm_head.weight.grad - whole).abs().max() / whole.abs().max()
+print(f"largest difference, as a fraction of the largest gradient: {difference:.1e}")
 
 # %% [markdown]
-# Second, **16 bits**. In `bfloat16` a number keeps only two to three decimal digits, but half the
-# bytes have to be moved, and graphics cards multiply such numbers several times as fast. Inside
-# `autocast` only the products are computed so; the weights stay in 32 bits.
+# In the script, `run.micro_batches(batch)` yields such parts, each with its weight. It decides how
+# many suit the machine; `--grad-accumulation` asks for more. When several processes train together,
+# it also averages their gradients after the last part.
+#
+# Second, **mixed precision**. In `bfloat16` a number keeps only two to three decimal digits, but
+# half the bytes have to be moved, and GPUs multiply such numbers several times as fast. Inside
+# `autocast` only the matrix products are computed so; the weights stay in `float32`.
 
 # %%
 print("1.001 in bfloat16:", torch.tensor(1.001).bfloat16().item())
 print("1.01 in bfloat16: ", torch.tensor(1.01).bfloat16().item())
-widen = model.blocks[0].feed_forward.widen.weight  # (4*C, C)
-product = x @ widen.T  # (B, T, 4*C)
-error = (x.bfloat16() @ widen.bfloat16().T).float() - product  # (B, T, 4*C)
+up_proj = model.blocks[0].feed_forward.up_proj.weight  # (4*C, C)
+x = torch.randn(2, tiny.block_size, tiny.n_embd)  # (B, T, C)
+product = x @ up_proj.T  # (B, T, 4*C)
+error = (x.bfloat16() @ up_proj.bfloat16().T).float() - product  # (B, T, 4*C)
 print(f"a product is off by {error.norm() / product.norm():.2%}")
 exact = model(idx, targets)[1].item()
 with torch.autocast("cpu", torch.bfloat16):
     rounded = model(idx, targets)[1].item()
-print(f"loss with 32 bits {exact:.4f}, with 16 in the products {rounded:.4f}")
+print(f"loss in float32 {exact:.4f}, with products in bfloat16 {rounded:.4f}")
 
 # %% [markdown]
-# Single products are a little off, now up, now down; in the mean over many it hardly shows. Third,
-# PyTorch's own attention, which you have seen above.
+# Single products are a little off, now up, now down; in the mean over many it hardly shows. In the
+# script, `run.autocast()` does this with the dtype that the machine is fast in, or the one that
+# `--precision` names. `trainer.machine.fast_dtype` says which that is: `bfloat16` where the
+# hardware multiplies it, `float16` on older GPUs, otherwise `float32`. The range of `float16` is so
+# small that small gradients would become 0. With it, the weights from `run.micro_batches` contain a
+# large factor, the **loss scale**, and after the last part the gradients are divided by it.
 #
 # ## Counting
 #
 # How many numbers does a GPT learn? Go through its parts with pencil and paper. In each block:
 # attention has $3C^2 + C^2 + C$, feed-forward $8C^2 + 5C$, the two norms $4C$. Around the blocks
-# there are $VC$ and $TC$ in the embeddings, $2C$ in the last norm, and $CV$ in `to_logits`.
+# there are $VC$ and $TC$ in the embeddings, $2C$ in the last norm, and $CV$ in `lm_head`.
 
 # %%
 T, C, L = small.block_size, small.n_embd, small.n_layer
@@ -768,7 +748,7 @@ by_hand = {
     "attention": L * (3 * C**2 + C**2 + C),
     "feed_forward": L * (C * 4 * C + 4 * C + 4 * C * C + C),
     "norm": (2 * L + 1) * 2 * C,
-    "to_logits": C * V,
+    "lm_head": C * V,
 }
 measured = dict.fromkeys(by_hand, 0)
 model = Model(small)
@@ -795,14 +775,14 @@ plt.show()
 # Nearly everything is in the blocks, and two thirds of a block are feed-forward. A rule to
 # remember: $12\,C^2$ parameters per layer.
 #
-# ### Operations
+# ### FLOPs
 #
-# Each weight of a matrix takes part in one multiplication and one addition per character: 2
-# operations. Going backward costs twice as much, for the gradient of the input and that of the
-# weights. That makes 6 per weight. Attention adds scores and weighted sums, $2TC$ operations each
-# per character and layer, 6 times $2TC$ with the way back.
+# **FLOPs** are floating-point operations. Each weight of a matrix takes part in one multiplication
+# and one addition per character: 2 FLOPs. The backward pass costs twice as much, for the gradient
+# of the input and that of the weights. That makes 6 per weight. Attention adds scores and weighted
+# sums, $2TC$ FLOPs each per character and layer, 6 times $2TC$ with the backward pass.
 #
-# $$\text{operations per character} = 6\,N_\text{matrices} + 12\,n_\text{layer}\,T\,C$$
+# $$\text{FLOPs per character} = 6\,N_\text{matrices} + 12\,n_\text{layer}\,T\,C$$
 #
 # $N_\text{matrices}$ leaves out the embeddings: looking up a row multiplies nothing.
 
@@ -812,8 +792,10 @@ for name in PRESETS:
     model = Model(config)
     weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
     formula = 6 * weights + 12 * config.n_layer * config.block_size * config.n_embd
-    counted = operations(model, torch.zeros(1, config.block_size, dtype=torch.long))
-    counted /= config.block_size
+    idx = torch.zeros(1, config.block_size, dtype=torch.long)  # (B, T)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    counted = counter.get_total_flops() / config.block_size
     characters = config.batch_size * config.block_size * config.max_iters
     print(f"{name:5}: {sum(each.numel() for each in model.parameters()):,} parameters")
     print(f"       {formula:11,} by the formula, {counted:13,.0f} counted by PyTorch")
@@ -827,8 +809,8 @@ print(f"GPT-3: 6 x 175 billion weights x 300 billion tokens: {6 * 175e9 * 300e9:
 # ## Training
 #
 # Now the small preset. If you have trained it already, with `python gpt.py --preset small`, the
-# notebook takes that run. Else it trains here, for two or three minutes on a laptop, in `bfloat16`
-# where that is the faster format.
+# notebook takes that run. Otherwise it trains here, for two or three minutes on a laptop, in
+# `bfloat16` where that is faster.
 
 
 # %%
@@ -859,7 +841,7 @@ else:
 # %%
 device = pick_device()
 model.to(device)
-is_faster = pick_number_format(device) == torch.bfloat16
+is_faster = fast_dtype(device) == torch.bfloat16
 generator = torch.Generator().manual_seed(1)
 optimizer = make_optimizer(model, small)
 for step in range(0 if found else steps(small.max_iters)):
@@ -986,31 +968,33 @@ for options in (
 idx = validation[None, :20]  # (1, T)
 with torch.inference_mode():
     at_once, _ = model(idx)  # (1, T, V)
-    caches = model.new_caches()
+    cache = model.new_cache()
     for t in range(20):
-        one, _ = model(idx[:, t : t + 1], caches=caches)  # (1, 1, V)
+        one, _ = model(idx[:, t : t + 1], cache=cache)  # (1, 1, V)
 print(f"largest difference in the last logits {(one[0, -1] - at_once[0, -1]).abs().max():.1e}")
-print("keys and values of one layer, (2, B, H, S, D):", tuple(caches[0].pair.shape))
+print("keys of one layer, (B, H, S, D):", tuple(cache[0].key.shape))
 
 # %% [markdown]
 # **Predict before you run the next cell:** the same text with the cache and without. How many times
 # as fast?
 
 # %%
+uncached = copy.copy(model)  # the same weights,
+uncached.new_cache = lambda: None  # but no cache
 seconds, texts = {}, {}
-for cached in (False, True):
-    seconds[cached] = math.inf
+for each in (uncached, model):
+    seconds[each] = math.inf
     for _ in range(3):
         began = time.perf_counter()
-        texts[cached] = "".join(generate(model, tokenizer, length=200, seed=2, cached=cached))
-        seconds[cached] = min(seconds[cached], time.perf_counter() - began)
-print("same text:", texts[True] == texts[False])
-print(f"with the cache {seconds[False] / seconds[True]:.1f} times as fast")
+        texts[each] = "".join(generate(each, tokenizer, length=200, seed=2))
+        seconds[each] = min(seconds[each], time.perf_counter() - began)
+print("same text:", texts[model] == texts[uncached])
+print(f"with the cache {seconds[uncached] / seconds[model]:.1f} times as fast")
 
 # %% [markdown]
 # Not one character differs. The gain in time is modest here, since this model sees 64
 # characters at most: when the block is full, `generate` goes on from its second half, with new
-# caches, as the positions have moved. A longer context gains more. Here is a model with the same
+# cache, as the positions have moved. A longer context gains more. Here is a model with the same
 # layers, untrained, and room for 512 characters.
 
 # %%
@@ -1020,12 +1004,12 @@ places = range(0, 512, 16)
 times = {True: [math.inf] * 512, False: [math.inf] * 512}
 with torch.inference_mode():
     for _ in range(1 if QUICK else 3):  # the quickest of three counts: it was undisturbed
-        caches = long.new_caches()
+        cache = long.new_cache()
         for t in range(512):
             for cached in (True, False) if t in places else (True,):
                 began = time.perf_counter()
                 if cached:
-                    long(idx[:, t : t + 1], caches=caches)
+                    long(idx[:, t : t + 1], cache=cache)
                 else:
                     long(idx[:, : t + 1])
                 times[cached][t] = min(times[cached][t], time.perf_counter() - began)
@@ -1110,33 +1094,27 @@ plt.show()
 #
 # ## The script
 #
-# `gpt.py` is all the classes above and this function. The scaler matters only for `float16`, whose
-# range is so small that gradients would vanish: it multiplies the loss before `backward`, and
-# divides the gradients before they are clipped.
+# `gpt.py` is all the classes above and this function. `run.micro_batches` and `run.autocast` are
+# what you saw under *What makes it fast*. The flags that belong to them, `--grad-accumulation`,
+# `--precision` and `--compile`, are no hyperparameters, so they are not in `Config`.
 
 
 # %%
-@clear_errors
 def main() -> None:
     run = Run(Config, PRESETS)
     model = Model(run.config).to(run.device)
     optimizer = make_optimizer(model, run.config)
-    network = run.accelerate(model)  # the same weights, as fast as this machine can
     for batch in run.batches(model, optimizer):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, run.config)
         optimizer.zero_grad()
-        # idx: characters of the text, by number; targets: for each of them, the one that follows
-        for idx, targets in run.portions(batch):
-            with run.autocast():
-                logits, loss = network(idx, targets)
-            # In float16 the scaler keeps small gradients from becoming 0; else it does nothing.
-            run.scaler.scale(loss / run.portion_count).backward()
+        for idx, targets, weight in run.micro_batches(batch):  # (B, T) both, then a fraction of 1
+            with run.autocast():  # mixed precision: matrix products in the run's dtype
+                logits, loss = model(idx, targets)
+            (weight * loss).backward()
             run.log(loss)
-        run.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), run.config.gradient_clip)
-        run.scaler.step(optimizer)
-        run.scaler.update()
+        optimizer.step()
     run.finish()
 
 
@@ -1224,7 +1202,7 @@ def exercise_2() -> None:
 #
 # ### 3 · How much does a cache hold?
 #
-# Say how many numbers all caches of a model hold together, for `B` texts with `S` characters seen
+# Say how many values the cache holds, all layers together, for `B` texts with `S` characters seen
 # so far.
 
 
@@ -1237,18 +1215,18 @@ def cache_numbers(config: Config, B: int, S: int) -> int: ...
 def exercise_3() -> None:
     for config, B, S in ((replace(tiny, n_layer=3), 2, 7), (tiny, 1, 1)):
         answer = given(cache_numbers(config, B, S))
-        caches = Model(config).new_caches()
-        Model(config)(torch.zeros(B, S, dtype=torch.long), caches=caches)
-        held = sum(cache.pair.numel() for cache in caches)
+        cache = Model(config).new_cache()
+        Model(config)(torch.zeros(B, S, dtype=torch.long), cache=cache)
+        held = sum(layer.key.numel() + layer.value.numel() for layer in cache)
         layers, heads = config.n_layer, config.n_head
         assert answer * layers != held, f"that is one layer's, but there are {layers}"
         assert answer * 2 != held, "keys and values: both are kept"
         assert answer != held * heads, "a head has C / H channels: all heads together have C"
         words = f"{layers} layers, {config.n_embd} channels, B = {B}, S = {S}"
-        assert answer == held, f"{words}: the caches hold {held:,} numbers, not {answer:,}"
+        assert answer == held, f"{words}: the cache holds {held:,} values, not {answer:,}"
     large = Config(n_embd=12288, n_head=96, n_layer=96)
     gigabytes = 2 * cache_numbers(large, 1, 2048) / 1e9
-    print(f"GPT-3, one text of 2,048 tokens, 2 bytes a number: {gigabytes:.1f} gigabytes")
+    print(f"GPT-3, one text of 2,048 tokens, 2 bytes a value: {gigabytes:.1f} gigabytes")
 
 
 # %% [markdown]
@@ -1311,11 +1289,11 @@ def exercise_4() -> None:
     tuned = copy.deepcopy(pretrained)
     losses = given(fine_tune(tuned, little, 2, 0.0))
     assert len(losses) == 2, f"2 steps make 2 losses, not {len(losses)}"
-    same = torch.equal(tuned.to_logits.weight, pretrained.to_logits.weight)
+    same = torch.equal(tuned.lm_head.weight, pretrained.lm_head.weight)
     assert same, "with a learning rate of 0 nothing may change: is it the one that is given?"
     before = exact_loss(tuned, held_back)
     fine_tune(tuned, little, 100, 1e-3)
-    same = torch.equal(tuned.to_logits.weight, pretrained.to_logits.weight)
+    same = torch.equal(tuned.lm_head.weight, pretrained.lm_head.weight)
     assert not same, "the model's weights are as before: train the model that is given, no other"
     torch.manual_seed(1)
     scratch = Model(play_config)

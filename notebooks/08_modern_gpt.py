@@ -20,18 +20,18 @@
 # GPT-2 did not have; most of them are younger. After it you can
 #
 # - say what is left of LayerNorm in today's models;
-# - turn queries and keys by their position, and show that of positions only the distance counts;
+# - rotate queries and keys by their position, and show that only the distance of positions counts;
 # - explain why normalised queries and keys keep every score in bounds;
 # - say which weights learn first when every block starts by changing nothing;
 # - orthogonalise an update by hand, and say what that does to its singular values;
-# - look into a trained model: zeros, lengths, learnt shares;
+# - look into a trained model: zeros, norms, learned λ;
 # - let a model write beyond its block without computing anything twice.
 #
 # Run each cell with shift-enter, from the top. Change things: nothing can break that a restart
 # does not mend.
 
 # %%
-# In Colab this fetches the course; elsewhere it does nothing.
+# In Colab this fetches the course. Everywhere it lets Python find the scripts.
 import os
 import subprocess
 import sys
@@ -39,28 +39,40 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
     subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
     os.chdir("course/notebooks")
+sys.path.insert(0, "..")
 
 # %%
 import copy
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Annotated
+
+from trainer import (
+    Divides,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    PositiveFraction,
+    Run,
+    UserError,
+)
+from common import LanguageModel, Tokenizer, draw_batch
+from sample import generate
+from trainer.corpus import open_corpus
+from trainer.evaluate import exact_loss
+from trainer.layers import Dropout, attention, causal_mask
 
 import torch
 from lesson import BLUE, GREY, ORANGE, check, given, plt, steps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import Tokenizer, UserError, clear_errors, draw_batch, load_corpus
-from sample import generate
-from training import Run, exact_loss
-
 # %%
-corpus = load_corpus()
+corpus = open_corpus(None)
 vocabulary = corpus.vocabulary
 V = len(vocabulary)
 tokenizer = Tokenizer(vocabulary)
-training, validation = corpus.training, corpus.validation
+training, validation = corpus.train, corpus.validation
 held = validation[: steps(20_000)]  # enough of it to compare short trainings
 print(f"{len(training):,} characters to train on, {V} different ones")
 
@@ -69,62 +81,50 @@ print(f"{len(training):,} characters to train on, {V} different ones")
 #
 # | name | `gpt.py` | here | a place to read of it |
 # |---|---|---|---|
-# | `rms-norm` | LayerNorm | bring to one length, nothing else | RMSNorm, 2019 |
-# | `rope` | a table of positions is added | queries and keys turn | RoFormer, 2021 |
-# | `qk-norm` | scores as large as they get | queries and keys of one length | QKNorm, 2020 |
-# | `bias-free` | biases of the linear layers | none | T5, 2019 |
-# | `squared-relu` | ReLU | ReLU, squared | Primer, 2021 |
-# | `zero-init` | what a block adds starts small | it starts at zero | Fixup, 2019 |
-# | `embedding-norm` | the embedding as it is | as long as all that layers read | BLOOM, 2022 |
-# | `re-embedding` | the embedding comes in once | again at every block | nanoGPT speedruns, 2024 |
+# | `rms_norm` | LayerNorm | divide by the RMS, nothing else | RMSNorm, 2019 |
+# | `rope` | a position embedding is added | queries and keys are rotated | RoFormer, 2021 |
+# | `qk_norm` | scores as large as they get | normalized queries and keys | QKNorm, 2020 |
+# | `bias_free` | biases of the linear layers | none | T5, 2019 |
+# | `squared_relu` | ReLU | ReLU, squared | Primer, 2021 |
+# | `zero_init` | what a block adds starts small | it starts at zero | Fixup, 2019 |
+# | `embedding_norm` | the embedding as it is | a normalized embedding | BLOOM, 2022 |
+# | `embedding_skip` | the embedding comes in once | again in every block | modded-nanoGPT, 2024 |
 # | `muon` | AdamW for all | another optimizer for the matrices inside | Muon, 2024 |
-# | `schedule` | a cosine | hold, then fall | Hägele et al., 2024 |
+# | `linear_decay` | a cosine | hold, then decay linearly | Hägele et al., 2024 |
 #
-# None depends on another, so each can be left out: `without` holds the names of those that are.
+# None depends on another, so each is a switch: `replace(config, rope=False)` here, `--no-rope` for
+# the script.
 
 
 # %%
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Idea = Literal[
-    "rms-norm",
-    "rope",
-    "qk-norm",
-    "bias-free",
-    "squared-relu",
-    "zero-init",
-    "embedding-norm",
-    "re-embedding",
-    "muon",
-    "schedule",
-]
-
-
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: how many different characters the text has
-    block_size: int = 256  # T: how many characters the model sees at once
-    n_embd: int = 384  # C: how many channels describe a character
-    n_head: int = 6  # H: how many heads share these channels, D = C / H each
-    n_layer: int = 6  # how many blocks are stacked
-    dropout: float = 0.1  # which share of the numbers is silenced at random while training
-    batch_size: int = 16  # B: how many such blocks it learns from in one step
-    grad_accumulation: int = 1  # how many portions, at least, a batch is taken in: less memory
-    max_iters: int = 1400  # how many steps it learns for
-    eval_interval: int = 350  # how many steps pass between two evaluations
-    learning_rate: float = 3e-3  # how far a step moves the weights
-    muon_learning_rate: float = 1e-2  # the same for the matrices that Muon moves
-    muon_momentum: float = 0.9  # which share of its direction Muon keeps from step to step
-    warmup_iters: int = 20  # how many steps the learning rates take to rise
-    cooldown: float = 0.7  # over which last share of the steps they fall to zero
-    weight_decay: float = 0.1  # how strongly the matrices are drawn towards zero
-    gradient_clip: float = 1.0  # how long the gradient may be
-    precision: Precision = "auto"  # the number format of the matrix products
-    fused: bool | None = None  # whether attention is one call of PyTorch's
-    compile: bool | None = None  # whether PyTorch compiles the model before it trains
-    without: tuple[Idea, ...] = ()  # which ideas are left out
-
-    def has(self, idea: Idea) -> bool:
-        return idea not in self.without
+    vocab_size: int = 65  # V: number of different characters in the text
+    block_size: int = 256  # T: context length, in characters
+    n_embd: int = 384  # C: channels of the vector that represents a character
+    n_head: Annotated[int, Divides("n_embd")] = 6  # H: attention heads, each of size D = C/H
+    n_layer: int = 6  # number of blocks
+    dropout: Fraction = 0.1  # probability that an activation is zeroed during training
+    batch_size: int = 16  # B: sequences per training step
+    max_iters: int = 1400  # training steps
+    eval_interval: int = 350  # steps between evaluations
+    learning_rate: float = 3e-3  # size of AdamW's steps, at its peak
+    muon_learning_rate: float = 1e-2  # size of Muon's steps, at its peak
+    muon_momentum: Fraction = 0.9  # how much of its direction Muon keeps from step to step
+    warmup_iters: NonNegativeInt = 20  # steps over which the learning rates rise to their peak
+    cooldown: PositiveFraction = 0.7  # fraction of the steps over which they fall to zero
+    weight_decay: NonNegative = 0.1  # how fast weights that get no gradient shrink
+    gradient_clip: float = 1.0  # maximum gradient norm
+    rms_norm: bool = True  # RMSNorm instead of LayerNorm
+    rope: bool = True  # rotary position embedding instead of a learned table
+    qk_norm: bool = True  # normalized queries and keys
+    bias_free: bool = True  # no biases in linear layers
+    squared_relu: bool = True  # ReLU squared instead of ReLU
+    zero_init: bool = True  # blocks that start as identities
+    embedding_norm: bool = True  # a normalized embedding
+    embedding_skip: bool = True  # the embedding, added again in every block
+    muon: bool = True  # Muon for the matrices in the blocks
+    linear_decay: bool = True  # learning rates that fall linearly to zero
 
 
 # %%
@@ -171,7 +171,8 @@ tiny = Config(
     cooldown=0.7,
     weight_decay=0.1,
 )
-old = replace(tiny, without=get_args(Idea))  # no idea at all: the model of gpt.py
+IDEAS = [field.name for field in fields(Config) if field.type is bool]
+old = replace(tiny, **dict.fromkeys(IDEAS, False))  # no idea at all: the model of gpt.py
 D = tiny.n_embd // tiny.n_head  # D: channels of a head
 print(f"C = {tiny.n_embd} channels, H = {tiny.n_head} heads of D = {D}, T = {tiny.block_size}")
 
@@ -189,7 +190,7 @@ print(f"C = {tiny.n_embd} channels, H = {tiny.n_head} heads of D = {D}, T = {tin
 
 # %%
 class RMSNorm(nn.Module):
-    """Scales a vector so that the mean square of its channels is 1."""
+    """Divides a vector by its root mean square."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
@@ -231,64 +232,59 @@ print("as PyTorch's own:", torch.allclose(RMSNorm()(vectors), pytorchs(vectors),
 # %% [markdown]
 # LayerNorm throws the mean away. Does that matter in a trained model? You will look further down.
 #
-# ## RoPE: positions that turn
+# ## RoPE: positions as rotations
 #
 # `gpt.py` adds a learnt vector for each position. There are as many as the block is long, and what
 # position 7 means has nothing to do with what position 8 means until it is learnt.
 #
-# Rotary position embedding adds nothing. It takes the channels of a query in pairs, each pair is a
-# point in a plane, and it turns the point about the origin, by an angle that grows with the
-# position $p$. Pair $i$ turns with its own speed $\omega_i$:
+# **Rotary position embedding** (RoPE) adds nothing. It takes the channels of a query in pairs, each
+# pair is a point in a plane, and it rotates the point about the origin, by an angle that grows with
+# the position $p$. Pair $i$ has its own frequency $\omega_i$:
 #
 # $$\begin{pmatrix} a \\ b \end{pmatrix} \to
 # \begin{pmatrix} a\cos p\,\omega_i - b\sin p\,\omega_i \\
 # b\cos p\,\omega_i + a\sin p\,\omega_i \end{pmatrix}
 # \qquad \omega_i = 10000^{-2i/D}$$
 #
-# Keys are turned in the same way, values are not.
+# Keys are rotated in the same way, values are not.
 
 
 # %%
-class Rotary(nn.Module):
-    """Turns queries and keys by angles that grow with their position.
+class RoPE(nn.Module):
+    """Rotates each query and key by angles that grow with its position."""
 
-    Their product then depends on how far apart they stand, and not on where.
-    """
-
-    def __init__(self, size: int) -> None:
+    def __init__(self, head_size: int) -> None:
         super().__init__()
-        if size % 2:
-            raise UserError(
-                f"rope turns pairs of channels, and a head has {size}: make --n-embd / --n-head "
-                "even, or add --without rope"
-            )
-        # Channels i and i + D/2 are a point in a plane; from plane to plane it turns more slowly.
-        speeds = 10_000.0 ** -(torch.arange(0, size, 2) / size)
-        self.register_buffer("speeds", torch.cat((-speeds, speeds)), persistent=False)
+        if head_size % 2:
+            raise UserError(f"--rope needs an even head size, n_embd / n_head, not {head_size}")
+        # Channels i and i + D/2 are a point in a plane; each plane has its own frequency.
+        inv_freq = 10_000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # (D/2)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)  # a constant: not saved
 
-    def forward(self, x: Tensor, first: int) -> Tensor:
-        T, D = x.shape[-2:]
-        positions = torch.arange(first, first + T, device=x.device)  # (T)
-        angles = positions[:, None] * self.speeds  # (T, D)
-        other = x.roll(D // 2, dims=-1)  # each channel's partner
-        return x * angles.cos().to(x.dtype) + other * angles.sin().to(x.dtype)
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        T = x.shape[-2]
+        positions = torch.arange(start, start + T, device=x.device)  # (T)
+        angles = positions[:, None] * self.inv_freq  # (T, D/2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 # %% [markdown]
-# `roll` brings to each channel its partner, half a head away. The minus of the formula sits in the
-# first half of `speeds`: the sine of a negative angle is negative.
+# `chunk` splits the channels into the $a$ of all pairs and the $b$ of all pairs: channel $i$ and
+# channel $i + D/2$ belong together. `inv_freq` holds the $\omega_i$.
 #
 # Take one query and put it at the positions 0 to 15.
 
 # %%
 torch.manual_seed(1)
-rotate = Rotary(D)
+rope = RoPE(D)
 query, key = torch.randn(2, D)  # (D) both
-turned = rotate(query.expand(16, D), 0)  # (T, D)
+rotated = rope(query.expand(16, D), 0)  # (T, D)
 
 figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.4))
 for axes, pair in zip(panels, (0, 2, 3), strict=True):
-    a, b = turned[:, pair], turned[:, pair + D // 2]  # (T) both
+    a, b = rotated[:, pair], rotated[:, pair + D // 2]  # (T) both
     radius = math.hypot(a[0], b[0])
     axes.add_patch(plt.Circle((0, 0), radius, fill=False, color=GREY, alpha=0.4))
     axes.scatter(a, b, c=range(16), cmap="cividis", s=45, zorder=2)
@@ -296,17 +292,17 @@ for axes, pair in zip(panels, (0, 2, 3), strict=True):
         axes.text(1.22 * a[p], 1.22 * b[p], p, ha="center", va="center")
     axes.set(xlim=(-1.5 * radius, 1.5 * radius), ylim=(-1.5 * radius, 1.5 * radius))
     axes.set(xlabel=f"channel {pair}", ylabel=f"channel {pair + D // 2}", aspect="equal")
-    speed = rotate.speeds[D // 2 + pair].item()
-    axes.set_title(f"pair {pair}: {math.degrees(speed):.1f}° a position", fontsize=11)
+    frequency = rope.inv_freq[pair].item()
+    axes.set_title(f"pair {pair}: {math.degrees(frequency):.1f}° a position", fontsize=11)
 plt.show()
 
 # %% [markdown]
 # The numbers are positions; the brighter a point, the later. Pair 0 goes round more than twice,
 # pair 3 has come no further than pair 0 does in a single step. Fast pairs tell neighbours apart,
-# slow ones tell near from far. No length changes. How many positions make a full turn?
+# slow ones tell near from far. No norm changes. How many positions make a full turn?
 
 # %%
-full_turns = 2 * math.pi / rotate.speeds[D // 2 :]  # (D/2)
+full_turns = 2 * math.pi / rope.inv_freq  # (D/2)
 print("positions:", ", ".join(f"{count:,.0f}" for count in full_turns.tolist()))
 
 # %% [markdown]
@@ -314,17 +310,16 @@ print("positions:", ", ".join(f"{count:,.0f}" for count in full_turns.tolist()))
 #
 # ### Of positions, only the distance counts
 #
-# Turn a query by the angle of its position $p$ and a key by that of its position $j$. Turning both
-# by the same angle changes nothing about how they lie to each other, so what remains in their
-# product is the difference, $p - j$.
+# Rotate a query by the angle of its position $p$ and a key by that of its position $j$. Rotating
+# both by the same angle does not change their product, so it depends on the difference, $p - j$.
 #
 # **Predict before you run the next cell:** the same query stands at every position, and so does
 # the same key. Which pattern will the table of all scores have?
 
 # %%
 T = tiny.block_size
-queries = rotate(query.expand(T, D), 0)  # (T, D)
-keys = rotate(key.expand(T, D), 0)  # (T, D)
+queries = rope(query.expand(T, D), 0)  # (T, D)
+keys = rope(key.expand(T, D), 0)  # (T, D)
 scores = queries @ keys.T * D**-0.5  # (T, T)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(1, 1.3))
@@ -349,22 +344,22 @@ plt.show()
 # So move all positions by a thousand: the scores must stay.
 
 # %%
-there = rotate(query.expand(T, D), 1000) @ rotate(key.expand(T, D), 1000).T * D**-0.5  # (T, T)
+there = rope(query.expand(T, D), 1000) @ rope(key.expand(T, D), 1000).T * D**-0.5  # (T, T)
 print(f"largest change of a score {(there - scores).abs().max().item():.1e}")
 print(f"largest score             {scores.abs().max().item():.1e}")
 
 # %% [markdown]
 # That is rounding. What does such a curve look like further out? Here are two keys: one is the
-# query itself, the other one is the query turned on by 20 positions.
+# query itself, the other one is the query rotated further, by 20 positions.
 
 # %%
-same, turned_on = query, rotate(query[None], 20)[0]  # (D) both
+same, ahead = query, rope(query[None], 20)[0]  # (D) both
 figure, axes = plt.subplots(figsize=(8, 3.4))
 for its_key, name, colour, peak in (
     (same, "key = query", BLUE, 0),
-    (turned_on, "key = query, turned on by 20", ORANGE, 20),
+    (ahead, "key = query, rotated by 20", ORANGE, 20),
 ):
-    curve = rotate(query.expand(101, D), 0) @ its_key * D**-0.5  # (101): the key is at position 0
+    curve = rope(query.expand(101, D), 0) @ its_key * D**-0.5  # (101): the key is at position 0
     axes.plot(curve, color=colour, linewidth=2)
     axes.annotate(name, (peak, curve[peak]), (8, 2), textcoords="offset points", color=colour)
 axes.axhline(0, color=GREY, linewidth=0.8)
@@ -373,70 +368,51 @@ axes.set(xlabel="how far the key lies back", ylabel="score")
 plt.show()
 
 # %% [markdown]
-# A query scores highest with its equal at distance 0, where nothing is turned. Turned on by 20, the
-# key is found best 20 characters back. So a head can learn to look at a distance, by learning
-# by which angle its keys are ahead of its queries.
+# A query scores highest with its equal at distance 0. Rotated by 20, the key gets its highest score
+# 20 characters back. So a head can learn to attend to a distance, by learning by which angle its
+# keys are ahead of its queries.
 #
-# What stands in when the idea is left out is the table that you know. For parts that have no
-# older form there is a function that does nothing.
-
-
-# %%
-class PositionTable(nn.Module):
-    """Without rope: a learnt vector for each position, as in gpt.py."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-
-    def forward(self, x: Tensor, first: int) -> Tensor:
-        T = x.shape[1]
-        positions = torch.arange(first, first + T, device=x.device)  # (T)
-        return x + self.position_embedding(positions)
-
-
-def unchanged(x: Tensor, *_: object) -> Tensor:
-    """What stands in for a part that is left out."""
-    return x
-
-
-# %% [markdown]
+# Without RoPE the model adds the position embedding that you know from `gpt.py`.
+#
 # ### A cache that slides
 #
-# A table ends with the block. Turning does not end: position 1,000 is as good as position 10, as
-# long as the distances are those that the model has learnt with. So the cache may forget its
+# A table ends with the block. Rotation does not end: position 1,000 is as good as position 10, as
+# long as the distances are those that the model has learned with. So the cache may forget its
 # oldest key and go on, without a new start. It only has to count all characters, seen or forgotten,
 # since that count is the next position. And not all is lost with a key: what the second block reads
 # was written when the first one still saw further back.
 
 
 # %%
-class Cache:
-    """The keys and values of the characters that the next one sees: a window that slides along."""
+class KVCache:
+    """The keys and values that the next character sees; with RoPE this window slides."""
 
-    def __init__(self, block_size: int) -> None:
-        self.others = block_size - 1  # so many does the next one see besides itself
-        self.pair: Tensor | None = None  # keys and values: (2, B, H, S, D)
-        self.length = 0  # how many characters there have been, seen or not
+    def __init__(self, size: int) -> None:
+        self.size = size  # how many earlier positions are visible
+        self.length = 0  # how many characters there have been, visible or not
 
-    def extend(self, pair: Tensor) -> Tensor:
-        self.length += pair.shape[3]
-        pair = pair if self.pair is None else torch.cat((self.pair, pair), dim=3)
-        self.pair = pair[:, :, :, max(0, pair.shape[3] - self.others) :]
-        return pair
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        T = key.shape[2]
+        if self.length:
+            key = torch.cat((self.key, key), dim=2)  # (B, H, S, D)
+            value = torch.cat((self.value, value), dim=2)  # (B, H, S, D)
+        self.length += T
+        oldest = max(0, key.shape[2] - self.size)
+        self.key, self.value = key[:, :, oldest:], value[:, :, oldest:]
+        return key, value
 
 
 # %%
-slots = Cache(block_size=4)
+slots = KVCache(size=3)
 for number in range(6):
-    pair = slots.extend(torch.full((2, 1, 1, 1, 1), float(number)))  # (2, B, H, S, D)
-    print(f"character {number} sees {pair[0].flatten().int().tolist()}; so far {slots.length}")
+    kept, _ = slots.extend(*torch.full((2, 1, 1, 1, 1), float(number)))  # (B, H, S, D)
+    print(f"character {number} sees {kept.flatten().int().tolist()}; so far {slots.length}")
 
 # %% [markdown]
 # With a block of 4, each character sees itself and three before it. From character 4 on the oldest
 # is dropped.
 #
-# ## qk-norm and the attention
+# ## Normalized queries and keys
 #
 # A score is the product of a query and a key, so it grows with the length of both. If the weights
 # grow in training, scores can run away: the softmax then puts everything on one character, and its
@@ -445,95 +421,56 @@ for number in range(6):
 #
 # $$\left|\frac{q \cdot k}{\sqrt{D}}\right| \le \frac{\sqrt{D}\,\sqrt{D}}{\sqrt{D}} = \sqrt{D}$$
 #
-# This is the attention of `gpt.py` with that norm, the turning, and a mask that hides what lies
-# further back than the block. Dropout comes along as it was.
+# This is the attention of `gpt.py` with that norm, RoPE, and a **window**: the last argument of
+# `attention` hides what is further back than the block.
 
 
 # %%
-class Dropout(nn.Dropout):
-    """Silences a share of the numbers at random while training, and scales up the others."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not self.training or self.p == 0:
-            return super().forward(x)
-        # On a processor drawing is slow, so each number, of 64 bits, is cut into four of 16. These
-        # run from -2**15 to 2**15 - 1; what gets one from the lowest share is silenced.
-        draws = (
-            torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-            .random_(-(2**63), None)
-            .view(torch.int16)[: x.numel()]
-            .view(x.shape)
-        )
-        keep = draws >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
-        return x * keep.to(x.dtype).div_(1 - self.p)
-
-
-# %%
-class BatchedMultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: they are a dimension, like the batch."""
+class MultiHeadAttention(nn.Module):
+    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.block_size = config.block_size
-        bias = not config.has("bias-free")
-        self.query_key_value = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.norm = RMSNorm() if config.has("qk-norm") else unchanged
-        self.rotate = Rotary(config.n_embd // config.n_head) if config.has("rope") else unchanged
-        self.projection = nn.Linear(config.n_embd, config.n_embd, bias=bias)
-        self.dropout = Dropout(config.dropout)
-        self.fused = config.fused
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
+        self.rope = RoPE(config.n_embd // config.n_head) if config.rope else None
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=not config.bias_free)
+        self.dropout = Dropout(config.dropout)  # of attention weights
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        H = self.n_head
-        first = cache.length if cache else 0  # the position of the first character
-        x = self.query_key_value(x)  # (B, T, 3*C)
-        # Cut the 3*C channels into query, key and value, and each of these into H heads of size D.
-        x = x.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query, key = self.rotate(self.norm(x[:2]), first)  # (B, H, T, D) both
-        value = x[2]  # (B, H, T, D)
+        x = self.qkv_proj(x)  # (B, T, 3*C)
+        x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        x = x.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        query_key, value = self.qk_norm(x[:2]), x[2]
+        if self.rope:
+            query_key = self.rope(query_key, cache.length if cache else 0)  # (2, B, H, T, D)
+        query, key = query_key  # (B, H, T, D) both
         if cache is not None:
-            key, value = cache.extend(torch.stack((key, value)))  # (B, H, S, D) both
-        S = key.shape[2]  # these T characters, and those in the cache
-        # Each of the T sees itself and what stands before it, `block_size` characters in all.
-        numbers = torch.arange(S, device=x.device)  # (S)
-        back = numbers[S - T :, None] - numbers  # (T, S)
-        hidden = (back < 0) | (back >= self.block_size)  # (T, S)
-        mask = torch.zeros_like(back, dtype=query.dtype).masked_fill(hidden, float("-inf"))
-        # PyTorch's own call does the same without storing the weights: a graphics card is faster
-        # with it, a processor with the lines below it.
-        if self.fused or (self.fused is None and x.device.type != "cpu"):
-            plain = S == T <= self.block_size
-            x = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=None if plain else mask,
-                dropout_p=self.dropout.p if self.training else 0.0,
-                is_causal=plain,
-            )  # (B, H, T, D)
-        else:
-            scores = (query * key.shape[-1] ** -0.5) @ key.transpose(2, 3) + mask  # (B, H, T, S)
-            weights = self.dropout(F.softmax(scores, dim=-1))  # shares of 1, some silenced
-            x = weights @ value  # (B, H, T, D)
+            key, value = cache.extend(key, value)  # (B, H, S, D) both
+        # The scores, mask, softmax and weighted average of layer_norm.py, as fast as possible.
+        x = attention(query, key, value, self.dropout, self.block_size)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.projection(x)
+        return self.out_proj(x)
 
 
 # %% [markdown]
-# The mask is now a band. Here is one for a block of 6 and a text twice as long.
+# The mask is now a band. Here it is for a block of 6 and a text twice as long.
 
 # %%
 after = torch.arange(12)[:, None] - torch.arange(12)  # (T, T)
 seen = (after >= 0) & (after < 6)  # (T, T)
 figure, axes = plt.subplots(figsize=(4.2, 3.6))
 axes.imshow(seen, cmap="cividis", vmin=-0.3, vmax=1.2)
-axes.set(xlabel="position that is seen", ylabel="position that sees")
+axes.set(xlabel="position of the key", ylabel="position of the query")
 plt.show()
+added_to_scores = causal_mask(12, 12, 6, torch.float32, torch.device("cpu"))  # (T, T)
+print("as in trainer.layers:", torch.equal(seen, added_to_scores == 0))
 
 # %% [markdown]
-# Bright is seen. From the sixth row on, each position sees six: itself and five before it. The
+# Bright is visible. From the sixth row on, each position sees six: itself and five before it. The
 # first six rows are the causal mask that you know.
 #
 # **Predict before you run the next cell:** make all weights of queries and keys 10 times as large.
@@ -542,12 +479,12 @@ plt.show()
 
 # %%
 @torch.no_grad()
-def largest_score(attention: nn.Module, x: Tensor) -> tuple[float, float]:
+def largest_score(layer: nn.Module, x: Tensor) -> tuple[float, float]:
     """The largest score, and the mean of the largest weight that a position gives."""
     T, C = x.shape
-    x = attention.query_key_value(x)  # (T, 3*C)
+    x = layer.qkv_proj(x)  # (T, 3*C)
     x = x.view(T, 3, tiny.n_head, D).permute(1, 2, 0, 3)  # (3, H, T, D)
-    query, key = attention.norm(x[:2])  # (H, T, D) both
+    query, key = layer.qk_norm(x[:2])  # (H, T, D) both
     scores = query @ key.transpose(1, 2) * D**-0.5  # (H, T, T)
     return scores.abs().max().item(), scores.softmax(dim=-1).amax(dim=-1).mean().item()
 
@@ -560,9 +497,9 @@ for config, name, colour, height in ((old, "without", ORANGE, 0.35), (tiny, "wit
     results = []
     for factor in factors:
         torch.manual_seed(1)
-        attention = BatchedMultiHeadAttention(config)
-        attention.query_key_value.weight.data *= factor
-        results.append(largest_score(attention, x))
+        layer = MultiHeadAttention(config)
+        layer.qkv_proj.weight.data *= factor
+        results.append(largest_score(layer, x))
         score, weight = results[-1]
         print(f"{name:7} the norm, weights times {factor:3}: largest score {score:9.2f}", end="")
         print(f", largest weight on average {weight:.2f}")
@@ -587,16 +524,11 @@ plt.show()
 
 
 # %%
-def squared_relu(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-# %%
 inputs = torch.linspace(-2, 2, 401, requires_grad=True)  # (401)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
 for function, name, colour, places in (
     (F.relu, "ReLU", ORANGE, ((1.25, 0.55), (-0.15, 1.15))),
-    (squared_relu, "squared", BLUE, ((0.85, 2.6), (0.75, 3.2))),
+    (lambda x: F.relu(x).square(), "squared", BLUE, ((0.85, 2.6), (0.75, 3.2))),
 ):
     outputs = function(inputs)  # (401)
     (slope,) = torch.autograd.grad(outputs.sum(), inputs)  # (401)
@@ -615,146 +547,135 @@ plt.show()
 
 # %%
 class FeedForward(nn.Module):
-    """A small network that every position goes through by itself."""
+    """An MLP that processes each position separately."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        bias = not config.has("bias-free")
-        self.widen = nn.Linear(config.n_embd, 4 * config.n_embd, bias=bias)
-        self.activation = squared_relu if config.has("squared-relu") else F.relu
-        self.narrow = nn.Linear(4 * config.n_embd, config.n_embd, bias=bias)
+        self.squared_relu = config.squared_relu
+        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd, bias=not config.bias_free)
+        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=not config.bias_free)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.widen(x))  # (B, T, 4*C)
-        return self.narrow(x)  # (B, T, C)
+        x = F.relu(self.up_proj(x))  # (B, T, 4*C)
+        if self.squared_relu:
+            x = x.square()
+        return self.down_proj(x)  # (B, T, C)
 
 
 # %% [markdown]
 # ## The embedding again
 #
 # In `gpt.py` the embedding comes in at the bottom, and all blocks add to it. The more they add, the
-# smaller its part. `Recall` gives each block a number, its **share**: so much of the embedding is
-# added once more. The share starts at zero.
-
-
-# %%
-class Recall(nn.Module):
-    """Adds what came in at the bottom, as much of it as it learns to want."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.share = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return x + self.share * embedding
-
-
-# %% [markdown]
-# With that the block is complete.
+# smaller its part. With `embedding_skip` each block learns a number λ, `skip_lambda`, and adds
+# λ times the embedding once more. λ starts at zero. With that the block is complete.
 
 
 # %%
 def make_norm(config: Config) -> nn.Module:
-    return RMSNorm() if config.has("rms-norm") else nn.LayerNorm(config.n_embd)
+    return RMSNorm() if config.rms_norm else nn.LayerNorm(config.n_embd)
 
 
 class Block(nn.Module):
-    """Communicate, then compute; each adds its part to what was there."""
+    """Attention, then feed-forward; each adds its output to its input."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.recall = Recall() if config.has("re-embedding") else unchanged
+        self.skip_lambda = nn.Parameter(torch.zeros(1)) if config.embedding_skip else None
         self.attention_norm = make_norm(config)
-        self.attention = BatchedMultiHeadAttention(config)
+        self.attention = MultiHeadAttention(config)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, embedding: Tensor, cache: Cache | None = None) -> Tensor:
-        x = self.recall(x, embedding)
+    def forward(self, x: Tensor, embedding: Tensor, cache: KVCache | None = None) -> Tensor:
+        if self.skip_lambda is not None:
+            x = x + self.skip_lambda * embedding
         x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x
 
 
 # %% [markdown]
-# And the model: `embedding_norm` after the look-up, no table, and an `initialize` that sets the
-# output layers, `projection` and `narrow`, to zero.
+# And the model: `embedding_norm` after the look-up, no position embedding, and the output layers of
+# the blocks, `out_proj` and `down_proj`, initialized to zero.
 
 
 # %%
-class Model(nn.Module):
-    """Predicts the next character from all those in the block so far."""
+class Model(LanguageModel):
+    """Predicts the next character from all characters so far in the context."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.block_size = config.block_size
+        self.slides = config.rope  # a position table ends with the context, RoPE does not
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.place = unchanged if config.has("rope") else PositionTable(config)
-        self.embedding_norm = RMSNorm() if config.has("embedding-norm") else unchanged
+        self.position_embedding = (
+            None if config.rope else nn.Embedding(config.block_size, config.n_embd)
+        )
+        self.embedding_norm = RMSNorm() if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.final_norm = make_norm(config)
-        self.to_logits = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = Dropout(config.dropout)
-        self.slides = config.has("rope")  # without rope, positions end with the block
-        self.initialize(config)
-
-    def initialize(self, config: Config) -> None:
-        # Without zero-init it is as in gpt.py: 2 * n_layer parts of a sum add up to 0.02.
-        output_std = 0.0 if config.has("zero-init") else 0.02 / math.sqrt(2 * config.n_layer)
         for name, parameter in self.named_parameters():
-            if name.endswith(("projection.weight", "narrow.weight")):
-                nn.init.normal_(parameter, std=output_std)
+            if name.endswith(("out_proj.weight", "down_proj.weight")):
+                # 2 * n_layer of these add to the residual stream: together they have std 0.02.
+                std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
+                nn.init.normal_(parameter, std=std)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, caches: list[Cache] | None = None
+        self, idx: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        first = caches[0].length if caches else 0  # the position of the first character
-        x = self.place(self.token_embedding(idx), first)  # (B, T, C)
+        B, T = idx.shape
+        x = self.token_embedding(idx)  # (B, T, C)
+        if self.position_embedding:
+            start = cache[0].length if cache else 0
+            positions = torch.arange(start, start + T, device=idx.device)  # (T)
+            x = x + self.position_embedding(positions)  # (B, T, C)
         x = embedding = self.dropout(self.embedding_norm(x))
         for i, block in enumerate(self.blocks):
-            x = block(x, embedding, caches[i] if caches else None)
-        logits = self.to_logits(self.final_norm(x))  # (B, T, V)
+            x = block(x, embedding, cache[i] if cache else None)
+        logits = self.lm_head(self.final_norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        # Each position is an example of its own: B * T rows of logits, B * T targets.
+        # Every position is one prediction: flatten to B*T rows of logits and B*T targets.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    def new_caches(self) -> list[Cache]:
-        return [Cache(self.block_size) for _ in self.blocks]
+    def new_cache(self) -> list[KVCache]:
+        return [KVCache(self.block_size - 1) for _ in self.blocks]
 
 
 # %% [markdown]
 # ### What is gone
 #
-# No table, no biases, no gains and biases of the norms. How many numbers was that?
+# No position embedding, no biases, no gains and biases of the norms. How many parameters was that?
 
 # %%
 torch.manual_seed(1)
 model, old_model = Model(tiny), Model(old)
 for name, each in (("old", old_model), ("modern", model)):
-    sizes = {"in matrices": 0, "in the table": 0, "in biases": 0, "in norms": 0, "in shares": 0}
+    sizes = {"in matrices": 0, "in positions": 0, "in biases": 0, "in norms": 0, "in λ": 0}
     for parameter_name, parameter in each.named_parameters():
         kind = "matrices" if parameter.dim() == 2 else "biases"
-        for word, its_kind in (("position", "the table"), ("norm", "norms"), ("share", "shares")):
+        for word, its_kind in (("position", "positions"), ("norm", "norms"), ("lambda", "λ")):
             kind = its_kind if word in parameter_name else kind
         sizes[f"in {kind}"] += parameter.numel()
     print(f"{name:6}", ", ".join(f"{count:,} {kind}" for kind, count in sizes.items()))
 
 # %% [markdown]
-# Few: less than three in a hundred, with the table. They are not left out to save room, but because
+# Few: less than 3%, with the position embedding. They are not left out to save room, but because
 # the model can do without. Gain and bias of a norm can be folded into the layer behind it, as you
 # did in notebook 06; that a model does as well with no bias at all is experience, not proof. What
-# remains is simpler: every parameter but the shares is a matrix.
+# remains is simpler: every parameter except the λ is a matrix.
 #
 # ## Starting at zero
 #
-# What a block adds comes out of `projection` and `narrow`. Both are zero at the start, so a block
+# What a block adds comes out of `out_proj` and `down_proj`. Both are zero at the start, so a block
 # adds nothing: whatever comes in goes out. The logits must be those of the embedding alone.
 
 # %%
@@ -762,7 +683,7 @@ idx, targets = draw_batch(training, T, tiny.batch_size, torch.Generator().manual
 with torch.no_grad():
     logits, loss = model(idx, targets)
     embedding = model.embedding_norm(model.token_embedding(idx))  # (B, T, C)
-    alone = model.to_logits(model.final_norm(embedding))  # (B, T, V)
+    alone = model.lm_head(model.final_norm(embedding))  # (B, T, V)
 print(f"largest difference {(logits - alone).abs().max().item():.1e}")
 print(f"first loss {loss.item():.3f}, ln V {math.log(V):.3f}")
 
@@ -770,11 +691,11 @@ print(f"first loss {loss.item():.3f}, ln V {math.log(V):.3f}")
 # Before the first step this deep model is no more than a bigram model. Can it learn at all?
 #
 # **Predict before you run the next cell:** the gradient of a weight comes back through everything
-# that lies between it and the loss. Four matrices are in a block: `query_key_value`, `projection`,
-# `widen` and `narrow`. Which of them have a gradient in the first step?
+# that lies between it and the loss. Four matrices are in a block: `qkv_proj`, `out_proj`,
+# `up_proj` and `down_proj`. Which of them have a gradient in the first step?
 
 # %%
-names = ["to_logits", "token_embedding", "projection", "narrow", "query_key_value", "widen"]
+names = ["lm_head", "token_embedding", "out_proj", "down_proj", "qkv_proj", "up_proj"]
 generator = torch.Generator().manual_seed(1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 rows = []
@@ -799,7 +720,7 @@ plt.show()
 
 # %% [markdown]
 # In step 0 the output layers of the blocks learn, and the two ends. Behind a matrix of zeros no
-# gradient comes through, so `query_key_value` and `widen` wait. In step 1 the output layers are no
+# gradient comes through, so `qkv_proj` and `up_proj` wait. In step 1 the output layers are no
 # longer zero, and everything learns. Each block begins by finding out what it should add, then
 # learns what to look at for it.
 #
@@ -832,17 +753,16 @@ print(f"length of all that layers read {math.sqrt(tiny.n_embd):.2f}")
 # angles to each other, and so are all $u_i$. With these as the columns of $U$ and $V$ (here not the
 # vocabulary) and the $\sigma_i$ on the diagonal of $\Sigma$, the sum is $U \Sigma V^\top$.
 #
-# Here is a real gradient: that of `widen` in the first block, before the first step, in a model
+# Here is a real gradient: that of `up_proj` in the first block, before the first step, in a model
 # with no new idea but RMSNorm. (Behind a LayerNorm one singular value would be 0: no mean comes
 # in.)
 
 # %%
 torch.manual_seed(1)
-others = tuple(idea for idea in get_args(Idea) if idea != "rms-norm")
-plain = Model(replace(tiny, without=others))
+plain = Model(replace(old, rms_norm=True))
 plain(idx, targets)[1].backward()
-widen = plain.blocks[0].feed_forward.widen.weight  # (4*C, C)
-G = widen.grad  # (4*C, C)
+up_proj = plain.blocks[0].feed_forward.up_proj.weight  # (4*C, C)
+G = up_proj.grad  # (4*C, C)
 sigma = torch.linalg.svdvals(G)  # (C)
 share = sigma.square() / sigma.square().sum()  # (C)
 print(
@@ -933,7 +853,7 @@ print(f", smallest {after[-1]:.2f}")
 # PyTorch's Muon, without momentum and decay, and one by hand.
 
 # %%
-weight = nn.Parameter(widen.detach().clone())  # (4*C, C)
+weight = nn.Parameter(up_proj.detach().clone())  # (4*C, C)
 before = weight.detach().clone()  # (4*C, C)
 weight.grad = G.clone()
 muon = torch.optim.Muon(
@@ -951,36 +871,33 @@ print(f"root mean square of its entries, divided by the rate: {size:.2f}")
 # momentum, it is not the gradient of one batch that is orthogonalised, but a running mean of them
 # (to which the newest is added once more). The weights of query, key and value count as one matrix.
 #
-# Only the matrices inside the blocks are moved so. The embedding and `to_logits` are more like
+# Only the matrices inside the blocks are moved so. The embedding and `lm_head` are more like
 # tables, with a row for each character; they stay with AdamW, and so do the few vectors.
 
 
 # %%
 def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks; AdamW for those at both ends and for the vectors."""
-    named = list(model.named_parameters())
-    vectors = [parameter for _, parameter in named if parameter.dim() == 1]
-    matrices = [(name, parameter) for name, parameter in named if parameter.dim() == 2]
-    inner = [parameter for name, parameter in matrices if name.startswith("blocks.")]
-    outer = [parameter for name, parameter in matrices if not name.startswith("blocks.")]
-    for_muon, for_adamw = (inner, outer) if config.has("muon") else ([], inner + outer)
-    groups = [
-        {"params": for_adamw, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    rate, muon_rate = config.learning_rate, config.muon_learning_rate
-    optimizers = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)]
-    if for_muon:
-        # Whatever a matrix's shape, its numbers move by a fifth of the rate: much as AdamW's do.
-        muon = torch.optim.Muon(
-            for_muon,
-            lr=muon_rate,
-            weight_decay=config.weight_decay,
-            momentum=config.muon_momentum,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers.append(muon)
-    return optimizers
+    """Muon for the matrices in the blocks, AdamW for everything else."""
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
+    inner = [p for name, p in matrices if name.startswith("blocks.")]
+    outer = [p for name, p in matrices if not name.startswith("blocks.") or not config.muon]
+    groups = [{"params": outer}, {"params": vectors, "weight_decay": 0.0}]
+    decay = config.weight_decay
+    # betas: squared gradients are averaged over 100 steps; PyTorch's 1,000 adapt too slowly here.
+    adamw = torch.optim.AdamW(
+        groups, config.learning_rate, betas=(0.9, 0.99), weight_decay=decay, fused=True
+    )
+    if not config.muon:
+        return [adamw]
+    muon = torch.optim.Muon(
+        inner,
+        lr=config.muon_learning_rate,
+        weight_decay=decay,
+        momentum=config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's, whatever a matrix's shape
+    )
+    return [adamw, muon]
 
 
 # %%
@@ -992,37 +909,34 @@ for optimizer in make_optimizers(Model(tiny), tiny):
 # %% [markdown]
 # ## Hold, then fall
 #
-# The last idea is a schedule. Both functions give a share of the learning rate, since there are now
-# two rates to multiply.
+# The last idea is a schedule, `linear_decay`; without it the learning rate follows the cosine of
+# `gpt.py`. The function gives a factor, since there are now two learning rates to multiply.
 
 
 # %%
-def learning_rate_share(step: int, config: Config) -> float:
-    """Up in a straight line, then level, then down in a straight line to zero."""
-    up = (step + 1) / max(1, config.warmup_iters)
-    down = (config.max_iters - step) / (config.cooldown * config.max_iters)
-    return min(up, 1.0, down)
-
-
-def cosine_share(step: int, config: Config) -> float:
-    """Without schedule: up in a straight line, then down along half a cosine to a tenth."""
+def learning_rate_factor(step: int, config: Config) -> float:
+    """Linear warm-up, then level, then linearly down to zero; or gpt.py's cosine."""
+    warmup = (step + 1) / max(1, config.warmup_iters)
+    if config.linear_decay:
+        return min(warmup, 1.0, (config.max_iters - step) / (config.cooldown * config.max_iters))
     if step < config.warmup_iters:
-        return (step + 1) / config.warmup_iters
+        return warmup
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    return 0.55 + 0.45 * math.cos(math.pi * progress)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
 
 
 # %%
+by_cosine = replace(tiny, linear_decay=False)
 figure, axes = plt.subplots(figsize=(8, 3))
-for share_at, name, colour, place in (
-    (learning_rate_share, "hold, then fall", BLUE, (0.22, 1.03)),
-    (cosine_share, "cosine", ORANGE, (0.33, 0.66)),
+for config, name, colour, place in (
+    (tiny, "hold, then fall", BLUE, (0.22, 1.03)),
+    (by_cosine, "cosine", ORANGE, (0.33, 0.66)),
 ):
-    shares = [share_at(step, tiny) for step in range(tiny.max_iters)]
-    axes.plot(shares, color=colour, linewidth=2)
-    axes.annotate(name, (place[0] * tiny.max_iters, place[1]), color=colour)
-    print(f"{name:15} mean share {sum(shares) / len(shares):.2f}, last {shares[-1]:.3f}")
-axes.set(xlabel="training steps", ylabel="share of the learning rate", ylim=(0, 1.15))
+    rates = [learning_rate_factor(step, config) for step in range(config.max_iters)]
+    axes.plot(rates, color=colour, linewidth=2)
+    axes.annotate(name, (place[0] * config.max_iters, place[1]), color=colour)
+    print(f"{name:15} mean factor {sum(rates) / len(rates):.2f}, last {rates[-1]:.3f}")
+axes.set(xlabel="training steps", ylabel="learning-rate factor", ylim=(0, 1.15))
 plt.show()
 
 # %% [markdown]
@@ -1043,13 +957,12 @@ def short_training(config: Config, seed: int = 1) -> tuple[nn.Module, list[tuple
     torch.manual_seed(seed)
     model = Model(config)
     optimizers = make_optimizers(model, config)
-    share_at = learning_rate_share if config.has("schedule") else cosine_share
     config = replace(config, max_iters=steps(config.max_iters))
     generator, evaluations = torch.Generator().manual_seed(seed), []
     for step in range(config.max_iters):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * share_at(step, config)
+                group["lr"] = optimizer.defaults["lr"] * learning_rate_factor(step, config)
             optimizer.zero_grad()
         idx, targets = draw_batch(training, config.block_size, config.batch_size, generator)
         logits, loss = model(idx, targets)
@@ -1110,23 +1023,22 @@ plt.show()
 #
 # <details><summary>What it found</summary>
 #
-# ![How much higher the loss ends without each idea](../data/modern.svg)
+# ![How much higher the loss ends without each idea](../results/modern.svg)
 #
 # A model of 800,000 numbers, 2,000 steps, Tiny Shakespeare: without Muon it ends higher by 0.07,
-# without rope by 0.03. Without the schedule it is 0.01, hardly more than chance would do. Any one
-# of the other seven can go, and nothing is lost that three seeds would show; without all seven at
-# once it ends higher by 0.02. Deep stacks and long trainings, for which some of them were made, do
-# not come up here. The README has the table.
+# without RoPE by 0.03. Without the linear decay it is 0.01, hardly more than chance would do. Any
+# one of the other seven can go, and nothing is lost that three seeds would show; without all seven
+# at once it ends higher by 0.02. Deep stacks and long trainings, for which some of them were made,
+# do not come up here. The README has the table.
 #
 # </details>
 #
 # ### The schedule alone
 #
-# One comparison is cheap enough for here: all ideas, and all but the schedule. The optimizers and
+# One comparison is cheap enough for here: all ideas, and all but `linear_decay`. The optimizers and
 # the batches are the same.
 
 # %%
-by_cosine = replace(tiny, without=("schedule",))
 for seed in (1, 2):
     trained["cosine", seed], curves["cosine", seed] = short_training(by_cosine, seed)
 figure, axes = plt.subplots(figsize=(8, 3.4))
@@ -1149,7 +1061,7 @@ plt.show()
 #
 # ### Few strong activations
 #
-# The activations of a feed-forward network are what `narrow` gets to read. Train once more without
+# The activations of a feed-forward network are what `down_proj` reads. Train once more without
 # the square, then look at both models: how many activations are exactly zero, and how is the rest
 # shared out?
 
@@ -1171,11 +1083,11 @@ def read_by(model: nn.Module, part: str, idx: Tensor) -> list[Tensor]:
 
 # %%
 modern, gpt_like = trained["modern", 1].eval(), trained["old", 1].eval()
-with_relu, _ = short_training(replace(tiny, without=("squared-relu",)))
+with_relu, _ = short_training(replace(tiny, squared_relu=False))
 idx, targets = draw_batch(validation, T, 64, torch.Generator().manual_seed(1))  # (B, T) both
 statistics = {}
 for name, each in (("ReLU", with_relu), ("squared", modern)):
-    for layer, active in enumerate(read_by(each, "feed_forward.narrow", idx)):  # (B, T, 4*C)
+    for layer, active in enumerate(read_by(each, "feed_forward.down_proj", idx)):  # (B, T, 4*C)
         zero = (active == 0).float().mean().item()
         largest = active.flatten().topk(active.numel() // 100).values
         statistics[name, layer] = zero, (largest.sum() / active.sum().clamp(min=1e-9)).item()
@@ -1243,8 +1155,8 @@ for axes, each, title in zip(panels, (gpt_like, modern), ("old", "modern"), stri
 panels[0].invert_yaxis()
 plt.show()
 for i, block in enumerate(modern.blocks, start=1):
-    print(f"block {i}: share of the embedding that it adds again {block.recall.share.item():+.2f}")
-left_over = 1 + sum(block.recall.share.item() for block in modern.blocks)
+    print(f"block {i}: it adds the embedding again, times λ = {block.skip_lambda.item():+.2f}")
+left_over = 1 + sum(block.skip_lambda.item() for block in modern.blocks)
 print(f"in the sum at the end: {left_over:.2f} of the embedding")
 
 # %% [markdown]
@@ -1280,10 +1192,10 @@ for name, each in (("old", gpt_like), ("modern", modern)):
 # longer embedding. In the modern one, whose embedding is long from the start, the character decides
 # less, and all that this network adds is short.
 #
-# The shares are a surprise: they are negative. Asked how much more of the embedding they want, the
-# blocks of this model say: less. In block 1 the sum is still the embedding alone, so a share of
-# -0.19 only makes it shorter, and whatever is added later weighs more. At the end half of it is
-# left. Why, one model does not tell. Another one, trained for longer, may learn other shares; that
+# The λ are a surprise: they are negative. Asked how much more of the embedding they want, the
+# blocks of this model say: less. In block 1 the sum is still the embedding alone, so λ = -0.19
+# only makes it shorter, and whatever is added later weighs more. At the end half of it is
+# left. Why, one model does not tell. Another one, trained for longer, may learn other values; that
 # it can choose is the idea.
 #
 # ### Was anything lost?
@@ -1353,8 +1265,10 @@ for name, each in (("old", gpt_like), ("modern", modern)):
     text = "".join(generate(each, tokenizer, length=150))
     hook.remove()
     print(f"{name:6} computes {sum(sizes)} characters, at most {max(sizes)} at once")
-uncached = "".join(generate(modern, tokenizer, length=150, cached=False))
-print("modern without a cache, same text:", uncached == text, end="\n\n")
+uncached = copy.copy(modern)  # the same weights,
+uncached.new_cache = lambda: None  # but no cache
+same = "".join(generate(uncached, tokenizer, length=150)) == text
+print("modern without a cache, same text:", same, end="\n\n")
 print(text.strip())
 
 # %% [markdown]
@@ -1365,41 +1279,28 @@ print(text.strip())
 # ## The script
 #
 # `modern_gpt.py` is all the classes above and this function. It differs from that of `gpt.py` in
-# three things. There are two optimizers, each with a rate of its own, and one share for both. The
-# schedule can be chosen. And clipping is spelt out: in float16 the gradients of one optimizer may
-# overflow, and to scale by a length that is no number would spoil those of the other one too. So it
-# counts as 0, nothing is clipped, and the scaler leaves out only the step that overflowed. Ideas
-# are left out by `--without`, such as `python modern_gpt.py --without rope muon`.
+# one thing: there are two optimizers, each with a learning rate of its own, and one factor for
+# both. Each idea has a flag that leaves it out, as in `python modern_gpt.py --no-rope --no-muon`.
 
 
 # %%
-@clear_errors
 def main() -> None:
     run = Run(Config, PRESETS)
     model = Model(run.config).to(run.device)
     optimizers = make_optimizers(model, run.config)
-    network = run.accelerate(model)  # the same weights, as fast as this machine can
-    share_at = learning_rate_share if run.config.has("schedule") else cosine_share
     for batch in run.batches(model, *optimizers):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * share_at(run.step, run.config)
+                group["lr"] = optimizer.defaults["lr"] * learning_rate_factor(run.step, run.config)
             optimizer.zero_grad()
-        # idx: characters of the text, by number; targets: for each of them, the one that follows
-        for idx, targets in run.portions(batch):
-            with run.autocast():
-                logits, loss = network(idx, targets)
-            # In float16 the scaler keeps small gradients from becoming 0; else it does nothing.
-            run.scaler.scale(loss / run.portion_count).backward()
+        for idx, targets, weight in run.micro_batches(batch):  # (B, T) both, then a fraction of 1
+            with run.autocast():  # mixed precision: matrix products in the run's dtype
+                logits, loss = model(idx, targets)
+            (weight * loss).backward()
             run.log(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), run.config.gradient_clip)
         for optimizer in optimizers:
-            run.scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm(weight.grad for weight in model.parameters())
-        norm = norm.nan_to_num(0.0, 0.0)  # float16 may overflow: the scaler leaves that step out
-        nn.utils.clip_grads_with_norm_(model.parameters(), run.config.gradient_clip, norm)
-        for optimizer in optimizers:
-            run.scaler.step(optimizer)
-        run.scaler.update()
+            optimizer.step()
     run.finish()
 
 
@@ -1412,7 +1313,7 @@ def main() -> None:
 # ### 1 · Scores that cannot run away
 #
 # For queries and keys, `(…, T, D)` both, return the scores of attention with normalised queries and
-# keys, `(…, T, T)`: a row for each query, without mask and without turning. You may use `RMSNorm`.
+# keys, `(…, T, T)`: a row for each query, without mask and without RoPE. You may use `RMSNorm`.
 
 
 # %% tags=["exercise"]
@@ -1450,14 +1351,17 @@ def exercise_1() -> None:
 #
 # </details>
 #
-# ### 2 · Turn it yourself
+# ### 2 · Rotate with complex numbers
 #
-# Turn the vectors `x`, `(T, D)`: the first half of the channels are the $a$ of all pairs, the
-# second half the $b$. `angles` is `(T, D/2)`, an angle for each position and pair.
+# A pair is also a complex number, $a + ib$, and to rotate it by an angle $\theta$ is to multiply it
+# by $e^{i\theta}$. Rotate the vectors `x`, `(T, D)`, in this way: the first half of the channels
+# are the $a$ of all pairs, the second half the $b$. `angles` is `(T, D/2)`, an angle for each
+# position and pair. `torch.complex` makes complex numbers from their parts, `torch.polar` from norm
+# and angle.
 
 
 # %% tags=["exercise"]
-def turn(x: Tensor, angles: Tensor) -> Tensor: ...
+def rotate(x: Tensor, angles: Tensor) -> Tensor: ...
 
 
 # %% tags=["check"]
@@ -1466,25 +1370,26 @@ def exercise_2() -> None:
     generator = torch.Generator().manual_seed(1)
     query, key = torch.randn(2, 8, generator=generator)  # (D) both
     angles = torch.arange(12)[:, None] * torch.tensor([1.0, 0.5, 0.1, 0.02])  # (T, D/2)
-    queries = given(turn(query.expand(12, 8), angles))  # (T, D)
+    queries = given(rotate(query.expand(12, 8), angles))  # (T, D)
     assert queries.shape == (12, 8), f"the shape is {tuple(queries.shape)}, not (12, 8)"
     assert torch.allclose(queries[0], query), "at angle 0 nothing may change"
-    assert not torch.allclose(queries, query.expand(12, 8)), "nothing turns"
+    assert not torch.allclose(queries, query.expand(12, 8)), "nothing is rotated"
     lengths = queries.norm(dim=-1)  # (T)
     assert torch.allclose(lengths, query.norm().expand(12), atol=1e-4), (
-        f"lengths run from {lengths.min():.2f} to {lengths.max():.2f}, but turning keeps them all "
-        f"at {query.norm():.2f}: look at the signs"
+        f"norms run from {lengths.min():.2f} to {lengths.max():.2f}, but a rotation keeps them all "
+        f"at {query.norm():.2f}: multiply by a number of norm 1"
     )
-    scores = queries @ turn(key.expand(12, 8), angles).T  # (T, T)
+    scores = queries @ rotate(key.expand(12, 8), angles).T  # (T, T)
     for distance in range(-11, 12):
         diagonal = scores.diagonal(distance)
         spread = (diagonal.max() - diagonal.min()).item()
         assert spread < 1e-4, f"scores at distance {-distance} differ by {spread:.3f}: which pairs?"
     right = torch.cat((angles.cos(), angles.sin()), dim=1)  # (T, D)
     ones = torch.cat((torch.ones(12, 4), torch.zeros(12, 4)), dim=1)  # (T, D)
-    assert not torch.allclose(turn(ones, -angles), right, atol=1e-5), "you turn the other way round"
-    assert torch.allclose(turn(ones, angles), right, atol=1e-5), (
-        "you turn other pairs: channel i belongs to channel i + D/2"
+    backwards = torch.allclose(rotate(ones, -angles), right, atol=1e-5)
+    assert not backwards, "you rotate in the other direction"
+    assert torch.allclose(rotate(ones, angles), right, atol=1e-5), (
+        "you rotate other pairs: channel i belongs to channel i + D/2"
     )
 
 
@@ -1492,19 +1397,19 @@ def exercise_2() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def turn(x: Tensor, angles: Tensor) -> Tensor:
-#     a, b = x.chunk(2, dim=-1)
-#     cos, sin = angles.cos(), angles.sin()
-#     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+# def rotate(x: Tensor, angles: Tensor) -> Tensor:
+#     pairs = torch.complex(*x.chunk(2, dim=-1))  # (T, D/2)
+#     pairs = pairs * torch.polar(torch.ones_like(angles), angles)  # (T, D/2)
+#     return torch.cat((pairs.real, pairs.imag), dim=-1)  # (T, D)
 # ```
 #
 # </details>
 #
 # ### 3 · Look back
 #
-# Given a query and a distance, return the key that this query finds best at just that distance,
-# among all keys as long as the query. `query` is `(D)`, and so is the key, both before they are
-# turned by their positions. You may use `Rotary`.
+# Given a query and a distance, return the key that gets this query's highest score at just that
+# distance, among all keys with the query's norm. `query` is `(D)`, and so is the key, both before
+# they are rotated by their positions. You may use `RoPE`.
 
 
 # %% tags=["exercise"]
@@ -1515,13 +1420,13 @@ def key_for(query: Tensor, distance: int) -> Tensor: ...
 @check
 def exercise_3() -> None:
     query = torch.randn(16, generator=torch.Generator().manual_seed(1))  # (D)
-    rotate = Rotary(16)
+    rope = RoPE(16)
     for distance in (0, 1, 5, 17):
         key = given(key_for(query, distance))
         assert key.shape == query.shape, f"the key has the shape {tuple(key.shape)}, not (16,)"
         assert torch.isclose(key.norm(), query.norm()), "the key must be as long as the query"
-        keys = rotate(key.expand(40, 16), 0)  # (T, D)
-        scores = rotate(query[None], 39)[0] @ keys.T  # (T): the query stands at the last position
+        keys = rope(key.expand(40, 16), 0)  # (T, D)
+        scores = rope(query[None], 39)[0] @ keys.T  # (T): the query stands at the last position
         best = 39 - scores.argmax().item()
         assert best == distance, f"for distance {distance} the best score is at distance {best}"
         highest = query.square().sum()  # what equal directions give
@@ -1535,11 +1440,11 @@ def exercise_3() -> None:
 #
 # ```python
 # def key_for(query: Tensor, distance: int) -> Tensor:
-#     return Rotary(len(query))(query[None], distance)[0]
+#     return RoPE(len(query))(query[None], distance)[0]
 # ```
 #
-# The key stands behind by `distance` positions, so it is turned that much less. Turn it ahead by
-# as much, and the two point the same way.
+# The key is `distance` positions behind, so it is rotated less. Rotate it ahead by as much, and the
+# two point the same way.
 #
 # </details>
 #
@@ -1584,7 +1489,7 @@ def exercise_4() -> None:
 # ### 5 · What was saved
 #
 # How many parameters fewer does the model have with all ideas than without any? Go by pencil and
-# paper: the table of positions, the biases of three linear layers in a block, the gains and biases
+# paper: the position embedding, the biases of three linear layers in a block, the gains and biases
 # of all norms, and what is new.
 
 
@@ -1599,17 +1504,17 @@ def exercise_5() -> None:
         config = replace(tiny, block_size=T, n_embd=C, n_head=2, n_layer=L)
         answer = given(saved(config))
         counts = [
-            sum(each.numel() for each in Model(replace(config, without=ideas)).parameters())
-            for ideas in (get_args(Idea), ())
+            sum(each.numel() for each in Model(replace(config, **ideas)).parameters())
+            for ideas in (dict.fromkeys(IDEAS, False), {})
         ]
         right = counts[0] - counts[1]
         off = right - answer
         words = f"block_size {T}, n_embd {C}, n_layer {L}"
-        assert off != T * C, f"{words}: the table of positions is missing"
+        assert off != T * C, f"{words}: the position embedding is missing"
         assert off != 6 * L * C, f"{words}: three layers in a block have biases, 6 * C together"
         assert off != 2 * (2 * L + 1) * C, f"{words}: each norm has a gain and a bias"
         assert off != 2 * C, f"{words}: there is one more norm, before the logits"
-        assert off != -L, f"{words}: each block has a new parameter, the share"
+        assert off != -L, f"{words}: each block has a new parameter, its λ"
         assert off == 0, f"{words}: {right} are saved, not {answer}"
 
 
@@ -1629,4 +1534,4 @@ def exercise_5() -> None:
 # %% [markdown]
 # This closes the course. You began with a table of pairs and have now taken apart a model in the
 # way that models are built today; every line of it is yours to change. Take an idea that you have
-# read of, give it a name in `Idea`, and measure what it is worth.
+# read of, give it a field in `Config`, and measure what it is worth.

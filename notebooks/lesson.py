@@ -1,9 +1,7 @@
 """What the notebooks share: a quick mode, visible characters, one style for pictures, checks."""
 
 import os
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import matplotlib
 import torch
@@ -11,13 +9,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts lie there
-
 # COURSE_QUICK=1 in the environment runs a notebook with a fraction of the steps, to see that it
 # works; its losses then mean nothing.
 QUICK = os.environ.get("COURSE_QUICK", "") not in ("", "0")
 
-# Colours that can be told apart without seeing red and green (Okabe and Ito).
+# Colors that a color-blind reader can tell apart (Okabe and Ito).
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777"
 
 plt.rcParams.update(
@@ -34,12 +30,12 @@ torch.set_num_threads(1 if QUICK else torch.get_num_threads())
 
 
 def steps(count: int) -> int:
-    """So many training steps, or in quick mode a hundredth of them."""
+    """This number of training steps, or in quick mode a hundredth of it."""
     return max(2, count // 100) if QUICK else count
 
 
 def visible(text: str) -> list[str]:
-    """A text's characters as labels: a space and a newline would not be seen."""
+    """A text's characters as labels, with signs for space and newline."""
     return [{" ": "␣", "\n": "↵"}.get(character, character) for character in text]
 
 
@@ -51,7 +47,7 @@ def heat_map(
     title: str = "",
     **options: object,
 ) -> None:
-    """Numbers as shades, from dark to light, with a character at each row and column."""
+    """Values as shades, from dark to light, with a label at each row and column."""
     axes.imshow(values.detach().cpu(), aspect="equal", **{"cmap": "cividis"} | options)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -61,7 +57,7 @@ def heat_map(
 
 
 class NotYet(Exception):
-    """The cell above is still as it was."""
+    """The cell above is not filled in yet."""
 
 
 def given(answer: object) -> object:
@@ -72,7 +68,7 @@ def given(answer: object) -> object:
 
 
 def check(exercise: Callable[[], None]) -> None:
-    """Run what is asserted about an answer, and say what is off."""
+    """Run the assertions about an answer, and say which one fails."""
     try:
         exercise()
         print("Right.")

@@ -7,15 +7,15 @@ def silence(hidden: Tensor) -> tuple[float, float]:
 
 # %% 2
 def by_convolution(x: Tensor, feed_forward: FeedForward) -> Tensor:
-    widen, narrow = feed_forward.widen, feed_forward.narrow
+    up_proj, down_proj = feed_forward.up_proj, feed_forward.down_proj
     B, T, C = x.shape
-    x = F.relu(F.conv1d(x.view(B, C, T), widen.weight[:, :, None], widen.bias))
-    return F.conv1d(x, narrow.weight[:, :, None], narrow.bias).view(B, T, C)
+    x = F.relu(F.conv1d(x.view(B, C, T), up_proj.weight[:, :, None], up_proj.bias))
+    return F.conv1d(x, down_proj.weight[:, :, None], down_proj.bias).view(B, T, C)
 
 
 # %% 3
-def collapse(widen: nn.Linear, narrow: nn.Linear) -> tuple[Tensor, Tensor]:
-    return narrow.weight @ widen.weight, widen.bias[: len(narrow.bias)] + narrow.bias
+def collapse(up_proj: nn.Linear, down_proj: nn.Linear) -> tuple[Tensor, Tensor]:
+    return down_proj.weight @ up_proj.weight, up_proj.bias[: len(down_proj.bias)] + down_proj.bias
 
 
 # %% 4

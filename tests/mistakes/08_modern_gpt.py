@@ -6,15 +6,15 @@ def bounded_scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 # %% 2
-def turn(x: Tensor, angles: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((a * cos + b * sin, b * cos + a * sin), dim=-1)
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.reshape(*angles.shape, 2))
+    pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(pairs).flatten(1)
 
 
 # %% 3
 def key_for(query: Tensor, distance: int) -> Tensor:
-    return Rotary(len(query))(query[None], -distance)[0]
+    return RoPE(len(query))(query[None], -distance)[0]
 
 
 # %% 4
