@@ -1,14 +1,13 @@
-"""What each idea buys: train the stages that are missing, then compare them all.
+"""What each idea is worth: train the stages that are missing, then compare them all.
 
     python compare.py                              every stage, with three seeds
     python compare.py --max-iters 200 --seeds 1    a quick look
-    python compare.py --no-train                   what is there already
+    python compare.py --no-train                   only the runs that exist
     python compare.py --modern                     modern_gpt.py without each of its ideas
 
-Prints a table, and writes it beside the curves and report.html, a page to look at; for the ideas,
-which take hours, beside a picture. Runs that are there, below runs/, are not trained again; those
-of another text, of other settings or by another version of their script are left out. Stop it
-whenever you like: the same command goes on.
+Prints a table and writes it, with the loss curves, to report.html; for the ideas, which take hours,
+a table and a picture. Runs that exist below runs/ are not trained again. Runs on another text or
+with other settings are left out. You can stop it at any time: the same command resumes.
 """
 
 import argparse
@@ -22,11 +21,11 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, NamedTuple
-
-import torch
 
 try:
     import fcntl
@@ -35,10 +34,12 @@ except ImportError:  # on Windows
 
     fcntl = None
 
-from common import Tokenizer, UserError, clear_errors, known_entropy, pick_device
+from trainer import UserError, cli
+from common import Tokenizer
 from comparison.curves import THEMES, picture
 from comparison.ideas import (
     EQUAL_STEPS,
+    WITHOUT_ANY,
     Ideas,
     compare_ideas,
     equal_seconds,
@@ -46,57 +47,67 @@ from comparison.ideas import (
     idea_table,
 )
 from comparison.report import first_line, report
-from comparison.runs import RUNGS, STAGES, Found, Rung, Terms, TrainedRun, find_runs, read_run
+from comparison.runs import ROWS, STAGES, Found, Row, Terms, TrainedRun, find_runs, read_run
 from comparison.step_times import measure_step_times, read_step_times, save_step_times
-from comparison.table import as_markdown, as_text, lines_of, notes, results_csv, results_of, table
-from prepare import open_text
-from sample import encode_prompt, first_prompt
+from comparison.table import (
+    Table,
+    as_markdown,
+    as_text,
+    lines_of,
+    notes,
+    results_csv,
+    results_of,
+    table,
+)
+from data.pocket_play import known_entropy
+from trainer.corpus import open_corpus
+from trainer.flags import Parser, given, options_for
+from trainer.folder import holds_run, rename
+from trainer.machine import DeviceSettings, available_device
+from trainer.sampling import SampleSettings
 
-from flags import COUNT, Parser, add_device_flag, add_sampling_flags
-from run_folder import holds_run, write_together
-from training import duration
+import torch
 
 ROOT = Path(__file__).resolve().parent
-RUNS = Path("runs", "compare")  # where the runs go that are trained here
+RUNS = Path("runs", "compare")  # where this command trains
 STEP_TIMES = RUNS / "step_times.json"
-MOST_AT_ONCE = 4  # each has a PyTorch of its own in memory
-LARGE = ("gpt", "modern_gpt")  # these keep a graphics card busy by themselves
+MOST_AT_ONCE = 4  # each run loads a PyTorch of its own
 
 
 class Job(NamedTuple):
-    """A run to train, or to go on with."""
+    """A run to train or to resume."""
 
-    rung: Rung
+    row: Row
     seed: int
     folder: Path
-    words: tuple[str, ...]  # of its command line
-    alone: bool
+    arguments: tuple[str, ...]
+    alone: bool  # on a GPU, large models are trained one at a time
 
     @property
     def name(self) -> str:
-        return f"{self.rung.name}, seed {self.seed}"
+        return f"{self.row.name}, seed {self.seed}"
 
 
 def jobs_for(terms: Terms, found: Found) -> list[Job]:
     """The runs that are missing: all with the first seed, then with the second; large last."""
     jobs = []
-    for seed, rung in itertools.product(terms.seeds, terms.to_train()):
-        if (rung, seed) in found.finished:
+    for seed, row in itertools.product(terms.seeds, terms.to_train()):
+        if (row, seed) in found.finished:
             continue
-        if unfinished := found.unfinished.get((rung, seed)):
-            folder, words = unfinished.folder, ["--resume"]
+        if unfinished := found.unfinished.get((row, seed)):
+            folder, arguments = unfinished.folder, ["--resume"]
         else:
-            folder = free_folder(terms, rung, seed)
-            words = [*terms.flags(rung), "--seed", str(seed)]
-        words += ["--data", terms.corpus.path, "--device", terms.device, "--out", str(folder)]
-        alone = rung.stage in LARGE and terms.device != "cpu"
-        jobs.append(Job(rung, seed, folder, tuple(words), alone))
-    return sorted(jobs, key=lambda job: job.rung.stage in LARGE)
+            folder = free_folder(terms, row, seed)
+            arguments = [*terms.complete(row).flags.split(), "--seed", str(seed)]
+        arguments += ["--data", terms.corpus.path, "--device", terms.device, "--out", str(folder)]
+        alone = row.preset != "" and terms.device != "cpu"
+        jobs.append(Job(row, seed, folder, tuple(arguments), alone))
+    return sorted(jobs, key=lambda job: job.row.preset != "")
 
 
-def free_folder(terms: Terms, rung: Rung, seed: int) -> Path:
-    """Its name is for people; what a run is, its config.json says."""
-    name = "-".join(rung.name.replace("--", "").split())
+def free_folder(terms: Terms, row: Row, seed: int) -> Path:
+    """Its name is for people; config.json says what the run is."""
+    name = "-".join(short_name(row).replace("--", "").split())
     if terms.max_iters:
         name += f"-{terms.max_iters}-steps"
     for number in itertools.count(1):
@@ -106,37 +117,43 @@ def free_folder(terms: Terms, rung: Rung, seed: int) -> Path:
             return folder
 
 
-def lock() -> IO[str]:
-    """Only one comparison trains here at a time; its runs hold this too, should they outlive it."""
+def short_name(row: Row) -> str:
+    return row.name.replace(WITHOUT_ANY.flags, "without any idea")
+
+
+@contextmanager
+def lock() -> Iterator[int]:
+    """Only one comparison trains here at a time; its runs hold the lock too, if they outlive it."""
     try:
         RUNS.mkdir(parents=True, exist_ok=True)
         file = (RUNS / "lock").open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {RUNS / 'lock'}: {error.strerror}") from None
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):  # so it is said on Linux, and on Windows
-        raise UserError(
-            f"another compare.py, or a run that it started, is at work in {RUNS.absolute()}: "
-            "wait for its end, or stop it"
-        ) from None
-    return file
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):  # on Linux, and on Windows
+            raise UserError(
+                f"another compare.py, or a run that it started, is training in {RUNS.absolute()}: "
+                "wait until it ends, or stop it"
+            ) from None
+        yield file.fileno()
 
 
 def train(jobs: list[Job], locked: int) -> list[str]:
-    """Do them all, side by side on equal shares of the cores; return the names that failed."""
+    """Train them side by side, each with as many cores; return the names of those that failed."""
     cores = torch.get_num_threads()
     waiting, running, failed, done = list(jobs), {}, [], 0
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # same as Ctrl-C
     try:
         while waiting or running:
             while waiting and len(running) < (1 if waiting[0].alone else at_once()):
                 job = waiting.pop(0)
                 if job.alone:
-                    print(f"now {job.name}", flush=True)
+                    print(f"training {job.name}", flush=True)
                 running[job] = start(job, cores if job.alone else cores // at_once(), locked)
             time.sleep(0.05)
             for job, (process, errors) in list(running.items()):
@@ -146,14 +163,14 @@ def train(jobs: list[Job], locked: int) -> list[str]:
                 done += 1
                 try:
                     if process.returncode:
-                        raise UserError(last_words(errors))
+                        raise UserError(last_line(errors))
                     outcome = result_of(job)
                 except UserError as error:
                     failed.append(job.name)
                     outcome = f"FAILED: {error}"
                 print(f"[{done}/{len(jobs)}] {job.name}: {outcome}", flush=True)
     except KeyboardInterrupt:
-        print("stopping; the same command goes on from there", flush=True)
+        print("stopping; the same command resumes", flush=True)
         raise
     finally:
         stop([process for process, _ in running.values()])
@@ -162,15 +179,15 @@ def train(jobs: list[Job], locked: int) -> list[str]:
 
 
 def at_once() -> int:
-    """How many runs are trained side by side."""
+    """How many runs are trained at a time."""
     return min(MOST_AT_ONCE, torch.get_num_threads())
 
 
 def start(job: Job, threads: int, locked: int) -> tuple[subprocess.Popen, IO[bytes]]:
-    errors = tempfile.TemporaryFile()  # noqa: SIM115 (read when it has ended)
-    script = ROOT / f"{job.rung.stage}.py"
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 (read later)
+    script = ROOT / f"{job.row.stage}.py"
     process = subprocess.Popen(
-        [sys.executable, script, *job.words],
+        [sys.executable, script, *job.arguments],
         stdout=subprocess.DEVNULL,
         stderr=errors,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
@@ -184,16 +201,16 @@ def result_of(job: Job) -> str:
     return f"validation loss {run.best['val_loss']:.3f} in {run.rows[-1]['seconds']:.1f} s"
 
 
-def last_words(errors: IO[bytes]) -> str:
-    """The line that a script ended with; where it broke down instead, all that Python says."""
+def last_line(errors: IO[bytes]) -> str:
+    """The message of a script; if it crashed, the whole traceback."""
     errors.seek(0)
-    words = errors.read().decode("utf-8", errors="replace").strip() or "without a word"
-    last = words.splitlines()[-1]
-    return last if ".py: " in last else words
+    text = errors.read().decode("utf-8", errors="replace").strip() or "no message"
+    last = text.splitlines()[-1]
+    return last if ".py: " in last else text
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """Let each finish its step and save. On Windows Ctrl-C has told them so already."""
+    """Let each finish its step and save. On Windows, Ctrl-C has reached them already."""
     for process in processes:
         if os.name != "nt":
             process.terminate()
@@ -212,35 +229,32 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--seeds",
-        type=COUNT,
-        metavar="N",
-        help="how many runs of each, with the seeds 1 to N (default 3; with --no-train all)",
+        help="runs of each, with seeds 1 to N (default 3; with --no-train all)",
+        **options_for(int),
     )
     parser.add_argument(
         "--data",
         type=Path,
         metavar="FILE",
-        help="a UTF-8 text to learn from, or a folder that prepare.py made",
+        help="UTF-8 text to train on, or a folder that prepare.py made",
     )
     parser.add_argument(
-        "--max-iters", type=COUNT, metavar="N", help="how many steps each (default: each its own)"
+        "--max-iters", help="training steps of each (default: its own)", **options_for(int)
     )
     parser.add_argument(
         "--modern",
         action="store_true",
-        help="compare modern_gpt.py with itself, each time without one of its ideas",
+        help="compare modern_gpt.py with itself, without each of its ideas",
     )
-    parser.add_argument(
-        "--no-train", action="store_true", help="compare the runs that are there already"
-    )
+    parser.add_argument("--no-train", action="store_true", help="compare only the runs that exist")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
         help=f"where table, curves and report go (default {RUNS} / name of the text)",
     )
-    add_device_flag(parser)
-    add_sampling_flags(parser)
+    parser.add_fields("the machine", DeviceSettings)
+    parser.add_fields("the samples", SampleSettings)
     return parser.parse_args()
 
 
@@ -249,64 +263,59 @@ def stages(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in STAGES:
             raise argparse.ArgumentTypeError(
-                f"{name!r} is no stage; the stages are {', '.join(STAGES)}"
+                f"{name!r} is not a stage; the stages are {', '.join(STAGES)}"
             )
     return tuple(stage for stage in STAGES if stage in names)
 
 
-@clear_errors
 def main() -> None:
     options = parse()
     if options.modern and "modern_gpt" not in options.stages:
         raise UserError("--modern compares modern_gpt.py with itself: leave out --stages")
-    corpus = open_text(options.data)
+    corpus = open_corpus(options.data)
     seeds = range(1, (options.seeds or 3) + 1)
     if options.no_train and not options.seeds:
         seeds = None
-    device = options.device or "auto"
+    device = DeviceSettings(**given(options, DeviceSettings)).device
     if device == "auto" or not options.no_train:
-        device = pick_device(device).type
-    ladder = EQUAL_STEPS if options.modern else RUNGS
-    terms = Terms(corpus, device, options.stages, seeds, options.max_iters, ladder)
-    tokenizer = Tokenizer(corpus.vocabulary)
-    prompt = options.prompt or first_line(corpus) or first_prompt(tokenizer)
-    encode_prompt(tokenizer, prompt)  # what is wrong is refused now rather than at the end
+        device = available_device(device).type
+    rows = EQUAL_STEPS if options.modern else ROWS
+    terms = Terms(corpus, device, options.stages, seeds, options.max_iters, rows)
+    settings = SampleSettings(**given(options, SampleSettings))
+    settings = replace(settings, prompt=settings.prompt or first_line(corpus))
+    # A bad --prompt is refused now rather than at the end, and so is a bad --out.
+    settings.prompt = settings.start_of_text(Tokenizer(corpus.vocabulary))
     out = options.out or RUNS / corpus.name
     if not options.no_train:
-        make_folder(out)  # where it cannot be made, better now than at the end
+        make_folder(out)
 
     step_times = {}
     if options.modern:
         step_times = read_step_times(STEP_TIMES, terms)
         if not step_times and not options.no_train:
             step_times = step_times_of(terms)
-        terms = replace(terms, ladder=EQUAL_STEPS + equal_seconds(step_times, terms))
+        terms = replace(terms, table=EQUAL_STEPS + equal_seconds(step_times, terms))
     found, failed = find_runs(terms, RUNS), []
     say_left_out(found.left_out)
     if options.no_train:
         say_left_out([f"{run.folder}: unfinished" for run in found.unfinished.values()])
-        there = {rung for rung, _ in found.finished}
-        lacking = [rung.name for rung in terms.to_train() if rung not in there]
-        if there and lacking:
-            print(f"not there: {', '.join(lacking)}")
+        finished = {row for row, _ in found.finished}
+        missing = [short_name(row) for row in terms.to_train() if row not in finished]
+        if finished and missing:
+            print(f"missing: {', '.join(missing)}")
     else:
         found, failed = train_missing(terms, found)
-    not_trained = UserError(f"not trained: {'; '.join(failed)} (the lines marked FAILED say why)")
+    not_trained = UserError(f"not trained: {'; '.join(failed)} (see the lines marked FAILED)")
     if failed and not found.finished:
         raise not_trained
     if not found.finished:
-        shorter = re.search(r"made with (--max-iters \d+) --eval-interval", str(found.left_out))
-        raise UserError(
-            f"nothing to compare: below {Path('runs').absolute()} there is no finished run of "
-            f"these stages on {corpus.name}; "
-            + (f"add {shorter[1]} for those that are" if shorter else "leave out --no-train")
-        )
-    groups = found.by_rung(terms.ladder)
+        raise nothing_to_compare(corpus.name, found)
+    groups = found.by_row(terms.table)
     ideas = compare_ideas(groups, step_times) if options.modern else None
     if options.modern and not ideas:
         nothing = UserError(
-            "nothing to compare: modern_gpt.py with all ideas, and without one, must both be "
-            "there; leave out --no-train"
+            "nothing to compare: runs of modern_gpt.py with all ideas, and without one, are "
+            "missing; leave out --no-train"
         )
         raise not_trained if failed else nothing
     make_folder(out)
@@ -315,37 +324,46 @@ def main() -> None:
         if step_times:
             save_step_times(out / STEP_TIMES.name, step_times, terms)
     else:
-        write(groups, terms, prompt, options, out)
+        write(groups, terms, settings, out)
     if failed:
         raise not_trained
 
 
+def nothing_to_compare(corpus: str, found: Found) -> UserError:
+    shorter = re.search(r"made with (--max-iters \d+) --eval-interval", str(found.left_out))
+    return UserError(
+        f"nothing to compare: {Path('runs').absolute()} has no finished run of these stages on "
+        f"{corpus}; "
+        + (f"add {shorter[1]} for those that are there" if shorter else "leave out --no-train")
+    )
+
+
 def step_times_of(terms: Terms) -> dict[str, float]:
-    """Measure them once, under the conditions of the runs; what fits equal seconds stays then."""
+    """Measured once, with as many threads as a run has, and saved for the next comparison."""
     print("measuring the time of a step without each idea", flush=True)
     with lock():
-        step_times = measure_step_times(EQUAL_STEPS, terms, torch.get_num_threads() // at_once())
+        step_times = measure_step_times(terms, torch.get_num_threads() // at_once())
         save_step_times(STEP_TIMES, step_times, terms)
     return step_times
 
 
 def train_missing(terms: Terms, found: Found) -> tuple[Found, list[str]]:
-    """What is there afterwards, and the names of the runs that failed."""
+    """The runs that exist afterwards, and the names of those that failed."""
     jobs = jobs_for(terms, found)
-    print(f"runs on {terms.corpus.name}: {len(jobs)} to train, {len(found.finished)} there already")
+    print(f"runs on {terms.corpus.name}: {len(jobs)} to train, {len(found.finished)} exist")
     if not jobs:
         return found, []
-    with lock() as file:
+    with lock() as locked:
         began = time.perf_counter()
-        failed = train(jobs, file.fileno())
-        print(f"trained for {duration(time.perf_counter() - began)}")
+        failed = train(jobs, locked)
+        print(f"trained for {(time.perf_counter() - began) / 60:.1f} min")
     after = find_runs(terms, RUNS)
     say_left_out([line for line in after.left_out if line not in found.left_out])
     return after, failed
 
 
 def make_folder(out: Path) -> None:
-    """For the comparison's files, two of which have the names of a run's."""
+    """For the comparison's files; its losses.csv must not replace that of a run."""
     if (out / "config.json").exists() or (out / "checkpoint.pt").exists():
         raise UserError(f"{out} holds a run: name another folder with --out")
     try:
@@ -360,68 +378,69 @@ def say_left_out(lines: list[str]) -> None:
 
 
 def write(
-    groups: dict[Rung, list[TrainedRun]],
-    terms: Terms,
-    prompt: str,
-    options: argparse.Namespace,
-    out: Path,
+    groups: dict[Row, list[TrainedRun]], terms: Terms, settings: SampleSettings, out: Path
 ) -> None:
-    """Print the table, and write all that a comparison leaves."""
+    """Print the table, and write every file of a comparison."""
     results = results_of(groups)
     lines = lines_of(results)
-    rows = table(lines, known_entropy(terms.corpus))
-    remarks = notes(lines, groups)
-    warning = terms.warning()
-    width = shutil.get_terminal_size((160, 24)).columns
-    print("\n" + as_text(rows, width))
-    for remark in filter(None, [*remarks, warning]):
-        print(textwrap.fill(remark, width))
-    ideas = ideas_there(terms) if "modern_gpt" in terms.stages else None
-    page = report(groups, lines, rows, warning, remarks, ideas, terms.corpus, prompt, options)
+    rows = table(lines, known_entropy(terms.corpus.path))
+    remarks, warning = notes(lines, groups), terms.warning()
+    ideas = existing_ideas(terms) if "modern_gpt" in terms.stages else None
+    page = report(groups, lines, rows, warning, remarks, ideas, terms.corpus, settings)
     files = {
         "losses.csv": results_csv(results),
-        "table.md": "\n".join([as_markdown(rows), *remarks, warning]).encode(
-            "utf-8", errors="replace"
-        ),
+        "table.md": print_table(rows, [*remarks, warning]),
         "curves.svg": picture(groups, THEMES["light"], "svg"),
         "curves-dark.svg": picture(groups, THEMES["dark"], "svg"),
         "curves.png": picture(groups, THEMES["light"], "png"),
         "report.html": page,
     }
-    write_together({out / name: content for name, content in files.items()})
-    print(f"the page to look at: {out / 'report.html'}")
+    write_together(out, files)
+    print(f"report: {out / 'report.html'}")
 
 
-def ideas_there(terms: Terms) -> Ideas | None:
+def existing_ideas(terms: Terms) -> Ideas | None:
     """What `--modern` has trained already, if that is enough to compare."""
     step_times = read_step_times(STEP_TIMES, terms)
-    terms = replace(terms, ladder=EQUAL_STEPS)
-    terms = replace(terms, ladder=EQUAL_STEPS + equal_seconds(step_times, terms))
-    return compare_ideas(find_runs(terms, RUNS).by_rung(terms.ladder), step_times)
+    terms = replace(terms, table=EQUAL_STEPS)
+    terms = replace(terms, table=EQUAL_STEPS + equal_seconds(step_times, terms))
+    return compare_ideas(find_runs(terms, RUNS).by_row(terms.table), step_times)
 
 
-def write_ideas(
-    groups: dict[Rung, list[TrainedRun]], ideas: Ideas, terms: Terms, out: Path
-) -> None:
+def write_ideas(groups: dict[Row, list[TrainedRun]], ideas: Ideas, terms: Terms, out: Path) -> None:
     """Print the table of ideas, and write it and its picture."""
     lines, remarks = ideas
-    rows = idea_table(lines)
-    width = shutil.get_terminal_size((160, 24)).columns
-    print("\n" + as_text(rows, width))
-    for remark in filter(None, [*remarks, terms.warning()]):
-        print(textwrap.fill(remark, width))
     files = {
         "modern.csv": results_csv(results_of(groups)),
-        "modern.md": "\n".join([as_markdown(rows), *remarks, terms.warning()]).encode(
-            "utf-8", errors="replace"
-        ),
+        "modern.md": print_table(idea_table(lines), [*remarks, terms.warning()]),
         "modern.svg": idea_picture(lines, THEMES["light"], "svg"),
         "modern-dark.svg": idea_picture(lines, THEMES["dark"], "svg"),
         "modern.png": idea_picture(lines, THEMES["light"], "png"),
     }
-    write_together({out / name: content for name, content in files.items()})
-    print(f"the picture to look at: {out / 'modern.png'}")
+    write_together(out, files)
+    print(f"picture: {out / 'modern.png'}")
+
+
+def write_together(out: Path, files: dict[str, bytes]) -> None:
+    """All of them or none: an old table beside new curves would mislead."""
+    try:
+        with tempfile.TemporaryDirectory(dir=out, suffix=".part") as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            for name in files:
+                rename(Path(folder, name), out / name)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+
+
+def print_table(rows: Table, remarks: list[str]) -> bytes:
+    """Print a table with its notes; return both as Markdown."""
+    width = shutil.get_terminal_size((160, 24)).columns
+    print("\n" + as_text(rows, width))
+    for remark in filter(None, remarks):
+        print(textwrap.fill(remark, width))
+    return "\n".join([as_markdown(rows), *remarks]).encode("utf-8", errors="replace")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

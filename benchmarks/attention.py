@@ -1,27 +1,31 @@
 """How much faster all heads at once are than one head after the other.
 
     python benchmarks/attention.py
+    python benchmarks/attention.py --rounds 1      a quick look
 
-Both compute the same (a test sees to it). Forward and backward pass of the two kinds of attention
-in multihead_attention.py, taking turns; medians.
+Both compute the same function. Times the forward and backward pass of the attention in
+multihead_attention.py and in batched_attention.py, in turns; prints medians.
 """
 
+import argparse
 import statistics
 import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import batched_attention
+import multihead_attention
+from multihead_attention import Config
+
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from multihead_attention import BatchedMultiHeadAttention, Config, MultiHeadAttention
-
 SIZES = (
-    ("the ladder's", Config(n_embd=32, n_head=4, block_size=8, batch_size=32)),
+    ("small stages", Config(n_embd=32, n_head=4, block_size=8, batch_size=32)),
     ("more heads", Config(n_embd=128, n_head=16, block_size=8, batch_size=32)),
     ("longer context", Config(n_embd=128, n_head=4, block_size=128, batch_size=8)),
-    ("gpt.py's full", Config(n_embd=384, n_head=6, block_size=256, batch_size=8)),
+    ("gpt.py, full", Config(n_embd=384, n_head=6, block_size=256, batch_size=8)),
 )
 
 
@@ -33,15 +37,23 @@ def milliseconds(attention: nn.Module, x: torch.Tensor, repeats: int) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="(default 9)")
+    options = parser.parse_args()
+
     print(f"{'size':16} {'C':>4} {'H':>3} {'T':>4} {'B':>3} {'heads':>9} {'batched':>9}   ratio")
     for name, config in SIZES:
-        heads, batched = MultiHeadAttention(config), BatchedMultiHeadAttention(config)
+        heads = multihead_attention.MultiHeadAttention(config)
+        batched = batched_attention.MultiHeadAttention(config)
         x = torch.randn(config.batch_size, config.block_size, config.n_embd, requires_grad=True)
         repeats = 200 if config.block_size == 8 else 5
         for attention in (heads, batched):
             milliseconds(attention, x, 3)
         rounds = [
-            (milliseconds(heads, x, repeats), milliseconds(batched, x, repeats)) for _ in range(9)
+            (milliseconds(heads, x, repeats), milliseconds(batched, x, repeats))
+            for _ in range(options.rounds)
         ]
         slow, fast = (statistics.median(times) for times in zip(*rounds, strict=True))
         print(

@@ -1,4 +1,4 @@
-"""What a bigram table reaches that is counted instead of trained; each count begins at 1.
+"""The validation loss of a bigram table that is counted instead of trained; each count begins at 1.
 
 python benchmarks/counting.py
 """
@@ -6,19 +6,18 @@ python benchmarks/counting.py
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import load_corpus
+from trainer.corpus import open_corpus
+
+import torch
 
 
 def main() -> None:
-    corpus = load_corpus()
-    train, validation = corpus.training, corpus.validation
-    V = len(corpus.vocabulary)
-    pairs = torch.bincount(train[:-1] * V + train[1:], minlength=V * V).view(V, V)
-    log_shares = torch.log((pairs + 1) / (pairs + 1).sum(dim=1, keepdim=True))
-    loss = -log_shares[validation[:-1], validation[1:]].mean().item()
+    corpus = open_corpus(None)
+    train, validation, V = corpus.train, corpus.validation, len(corpus.vocabulary)
+    counts = 1 + torch.bincount(train[:-1] * V + train[1:], minlength=V * V).view(V, V)
+    log_probs = torch.log(counts / counts.sum(dim=1, keepdim=True))
+    loss = -log_probs[validation[:-1], validation[1:]].mean().item()
     print(f"a bigram table by counting: validation loss {loss:.3f}")
 
 

@@ -1,13 +1,13 @@
-"""How long the six small stages take, against the same models trained in the usual tutorial way.
+"""How long the small stages take, compared with the same models trained as most tutorials do it.
 
     python benchmarks/ladder.py
-    python benchmarks/ladder.py --max-iters 500 --rounds 1      (a quick look)
+    python benchmarks/ladder.py --max-iters 500 --rounds 1      a quick look
 
-The tutorial way: batches put together row by row in Python, the loss of both splits estimated
-from 200 random batches at each evaluation, the optimizer as it comes. Both sides evaluate at the
-start and ten times more, and take turns; the times are medians over the rounds. A stage of the
-course keeps one core busy, so the last line starts the scripts side by side, one for each core;
-it counts their start-up too.
+As in most tutorials: batches that are put together row by row in Python, the loss of both splits
+estimated from 200 random batches at each evaluation, the optimizer with its defaults. Both sides
+evaluate at the start and ten times more, and take turns; the times are medians over the rounds. A
+small stage uses one core, so the last line starts all scripts side by side, one for each core; it
+includes their start-up.
 """
 
 import argparse
@@ -25,17 +25,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from trainer.corpus import open_corpus
+
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import load_corpus
 
 ROOT = Path(__file__).parent.parent
 STAGES = (
     "bigram",
     "self_attention",
     "multihead_attention",
+    "batched_attention",
     "feed_forward",
     "residual",
     "layer_norm",
@@ -44,8 +45,8 @@ STAGES = (
 
 def tutorial_seconds(stage: str, max_iters: int) -> float:
     module = importlib.import_module(stage)
-    corpus = load_corpus()
-    train, validation = corpus.training, corpus.validation
+    corpus = open_corpus(None)
+    train, validation = corpus.train, corpus.validation
     config = module.Config(vocab_size=len(corpus.vocabulary))
     torch.manual_seed(1)
     model = module.Model(config)
@@ -71,7 +72,7 @@ def tutorial_seconds(stage: str, max_iters: int) -> float:
 
     began = time.perf_counter()
     for step in range(max_iters):
-        if step % (max_iters // 10) == 0:
+        if step % max(1, max_iters // 10) == 0:
             estimate_losses()
         _, loss = model(*get_batch(train))
         optimizer.zero_grad(set_to_none=True)
@@ -82,7 +83,7 @@ def tutorial_seconds(stage: str, max_iters: int) -> float:
 
 
 def course_seconds(stage: str, max_iters: int) -> float:
-    """The script itself, its log and its checkpoints included."""
+    """The script itself, with its log and its checkpoints."""
     module = importlib.import_module(stage)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         sys.argv = [f"{stage}.py", *flags(max_iters), "--out", folder]
@@ -92,7 +93,7 @@ def course_seconds(stage: str, max_iters: int) -> float:
 
 
 def side_by_side_seconds(max_iters: int) -> float:
-    """All six scripts, the longest first, as many at a time as there are cores."""
+    """All scripts, the longest first, as many at a time as there are cores."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         commands = [
             [sys.executable, ROOT / f"{stage}.py", *flags(max_iters), "--out", Path(folder, stage)]
@@ -110,7 +111,7 @@ def side_by_side_seconds(max_iters: int) -> float:
 
 
 def flags(max_iters: int) -> list[str]:
-    text = f"--max-iters {max_iters} --eval-interval {max_iters // 10} --sample-length 1"
+    text = f"--max-iters {max_iters} --eval-interval {max(1, max_iters // 10)} --sample-length 1"
     return [*text.split(), "--device", "cpu"]
 
 
@@ -124,21 +125,24 @@ def main() -> None:
 
     print(f"{options.max_iters} steps, medians of {options.rounds} rounds, in seconds")
     print(f"{'stage':20} {'tutorial':>9} {'course':>9} {'ratio':>7}")
-    totals = [0.0, 0.0]
+    seconds = {}
     for stage in STAGES:
         rounds = [
             (tutorial_seconds(stage, options.max_iters), course_seconds(stage, options.max_iters))
             for _ in range(options.rounds)
         ]
-        tutorial, course = (statistics.median(times) for times in zip(*rounds, strict=True))
-        print(f"{stage:20} {tutorial:9.2f} {course:9.2f} {course / tutorial:7.2f}", flush=True)
-        totals[0] += tutorial
-        totals[1] += course
-    together = statistics.median(
-        side_by_side_seconds(options.max_iters) for _ in range(options.rounds)
-    )
-    for name, course in (("one after the other", totals[1]), ("side by side", together)):
-        print(f"{name:20} {totals[0]:9.2f} {course:9.2f} {course / totals[0]:7.2f}")
+        seconds[stage] = [statistics.median(times) for times in zip(*rounds, strict=True)]
+        print_row(stage, *seconds[stage])
+    tutorial, course = (sum(times) for times in zip(*seconds.values(), strict=True))
+    print_row("one after another", tutorial, course)
+    heads_tutorial, heads_course = seconds["multihead_attention"]  # the one without batched heads
+    print_row("without multihead", tutorial - heads_tutorial, course - heads_course)
+    together = [side_by_side_seconds(options.max_iters) for _ in range(options.rounds)]
+    print_row("side by side", tutorial, statistics.median(together))
+
+
+def print_row(name: str, tutorial: float, course: float) -> None:
+    print(f"{name:20} {tutorial:9.2f} {course:9.2f} {course / tutorial:7.2f}", flush=True)
 
 
 if __name__ == "__main__":

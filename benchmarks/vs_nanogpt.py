@@ -1,11 +1,11 @@
-"""gpt.py and modern_gpt.py beside nanoGPT, on the same machine, in turns.
+"""gpt.py and modern_gpt.py compared with nanoGPT, on the same machine, in turns.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/vs_nanogpt.py --nanogpt nanoGPT
 
 The checkout is copied into a temporary folder, given Tiny Shakespeare in its own format, and run
-there with its own commands; it is not changed. Both sides take turns, on this machine's processor,
-and every figure is the median over the rounds. It takes about a quarter of an hour.
+there with its own commands; it is not changed. Both sides take turns on this machine's CPU, and
+every number is the median over the rounds. It takes about a quarter of an hour.
 """
 
 import argparse
@@ -22,23 +22,27 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import gpt
-from common import TINY_SHAKESPEARE_SHA256, Corpus, Tokenizer, load_corpus
-from sample import generate, store_by_columns
+from common import Tokenizer
+from sample import generate
+from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
+from trainer.machine import fast_dtype
+from trainer.sampling import store_by_columns
+
+import torch
+from speed import count_flops, matmul_speed
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "config/train_shakespeare_char.py"
-ON_A_PROCESSOR = ["--device=cpu", "--compile=False"]
-# nanoGPT's README has this recipe for a computer without a graphics card.
+ON_CPU = ["--device=cpu", "--compile=False"]
+# The recipe in nanoGPT's README for a computer without a GPU.
 LAPTOP = (
     "--eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
     "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 ).split()
 GOAL = 1.88  # about where that recipe ends
-# The commands that get there: fewer blocks, more characters a second.
+# Our flags that get there: fewer blocks, more characters per second.
 TO_THE_GOAL = {
     "gpt.py": ["--n-layer", "2", "--max-iters", "550"],
     "modern_gpt.py": ["--n-layer", "2", "--max-iters", "210"],
@@ -47,19 +51,19 @@ OVERWRITE = ["--out", "run", "--overwrite"]
 
 
 def copy_checkout(source: Path, target: Path, corpus: Corpus) -> None:
-    """nanoGPT as the user has it, and the text as its own preparation would write it."""
+    """The user's nanoGPT, and the text as its own preparation writes it."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(".git", "out*"))
     folder = target / "data" / "shakespeare_char"
     folder.mkdir(parents=True, exist_ok=True)
-    corpus.training.to(torch.uint16).numpy().tofile(folder / "train.bin")
+    corpus.train.to(torch.uint16).numpy().tofile(folder / "train.bin")
     corpus.validation.to(torch.uint16).numpy().tofile(folder / "val.bin")
-    number = Tokenizer(corpus.vocabulary).number
-    meta = {"vocab_size": len(number), "stoi": number, "itos": dict(enumerate(corpus.vocabulary))}
+    ids = Tokenizer(corpus.vocabulary).ids
+    meta = {"vocab_size": len(ids), "stoi": ids, "itos": dict(enumerate(corpus.vocabulary))}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
 def run(command: list[object], folder: Path) -> tuple[str, float]:
-    """What a command prints, and the seconds that it takes from start to end."""
+    """What a command prints, and how many seconds it takes from start to end."""
     began = time.perf_counter()
     result = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -74,23 +78,28 @@ def run(command: list[object], folder: Path) -> tuple[str, float]:
 
 
 def nanogpt_step(folder: Path, steps: int, *flags: str) -> float:
-    """Seconds of a training step."""
+    """Seconds per training step."""
     flags = [*flags, f"--max_iters={steps}", "--eval_iters=1", "--log_interval=1"]
-    output, _ = run(["train.py", CONFIG, *ON_A_PROCESSOR, *flags], folder)
+    output, _ = run(["train.py", CONFIG, *ON_CPU, *flags], folder)
     times = [float(found) for found in re.findall(r"time ([\d.]+)ms", output)]
-    return statistics.median(times[1:]) / 1000  # the first counts an evaluation too
+    return statistics.median(times[1:]) / 1000  # the first one includes an evaluation
 
 
-def course_step(folder: Path, steps: int, *flags: str) -> tuple[float, float]:
-    """Seconds of a training step, and what share of the machine's speed they make use of."""
-    flags = [*flags, "--max-iters", steps, "--eval-interval", steps, "--sample-length", 1]
-    output, _ = run([ROOT / "gpt.py", "--device", "cpu", *flags, *OVERWRITE], folder)
-    step, share = re.search(r"([\d.,]+) ms a step.* (\d+)% of what", output).groups()
-    return float(step.replace(",", "")) / 1000, float(share) / 100
+def course_step(folder: Path, preset: str, steps: int) -> tuple[float, float]:
+    """Seconds per training step, and the fraction of the peak matmul throughput that this is."""
+    flags = ["--preset", preset, "--max-iters", steps, "--eval-interval", steps]
+    command = [ROOT / "gpt.py", "--device", "cpu", *flags, "--sample-length", 1, *OVERWRITE]
+    output, _ = run(command, folder)
+    seconds = float(re.search(r"([\d.,]+) ms per step", output)[1].replace(",", "")) / 1000
+    config = gpt.PRESETS[preset]
+    idx = torch.zeros(1, config.block_size, dtype=torch.long)
+    flops = config.batch_size * count_flops(gpt.Model(config), idx)
+    device = torch.device("cpu")
+    return seconds, flops / seconds / matmul_speed(device, fast_dtype(device))
 
 
 def sampling_speeds(checkout: Path, characters: int, rounds: int) -> tuple[float, float]:
-    """Characters a second at the full size, of nanoGPT's `generate` and of the course's."""
+    """Characters per second at the full size, of nanoGPT's `generate` and of ours."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     nanogpt = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = nanogpt
@@ -124,14 +133,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default 3)")
     options = parser.parse_args()
     if not (options.nanogpt / "train.py").exists():
-        parser.error(f"{options.nanogpt} is no checkout of nanoGPT: it has no train.py")
+        parser.error(f"{options.nanogpt} is not a checkout of nanoGPT: it has no train.py")
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         checkout = folder / "nanoGPT"
-        corpus = load_corpus()
+        corpus = open_corpus(None)
         if corpus.sha256 != TINY_SHAKESPEARE_SHA256:
-            parser.error("nanoGPT's recipe is for Tiny Shakespeare, which is not in data/")
+            parser.error("nanoGPT's recipe is for Tiny Shakespeare, which cannot be downloaded")
         copy_checkout(options.nanogpt, checkout, corpus)
         small = gpt.PRESETS["small"]
         same_small = [
@@ -144,14 +153,10 @@ def main() -> None:
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
             full = nanogpt_step(checkout, 5)
             figure = {"full": full}
-            figure["our full"], figure["our full share"] = course_step(
-                folder, 6, "--preset", "full"
-            )
+            figure["our full"], figure["our full share"] = course_step(folder, "full", 6)
             figure["small"] = nanogpt_step(checkout, 200, *same_small)
-            figure["our small"], figure["our small share"] = course_step(
-                folder, 200, "--preset", "small"
-            )
-            output, figure["recipe"] = run(["train.py", CONFIG, *ON_A_PROCESSOR, *LAPTOP], checkout)
+            figure["our small"], figure["our small share"] = course_step(folder, "small", 200)
+            output, figure["recipe"] = run(["train.py", CONFIG, *ON_CPU, *LAPTOP], checkout)
             figure["loss"] = float(re.findall(r"val loss ([\d.]+)", output)[-1])
             for script, flags in TO_THE_GOAL.items():
                 command = [ROOT / script, "--device", "cpu", *flags, *OVERWRITE]
@@ -170,12 +175,12 @@ def main() -> None:
     for name in ("full", "small"):
         before, after = (per_step[name] / median[key] for key in (name, f"our {name}"))
         print(
-            f"| training at the {name} preset, characters a second | {before:,.0f} | {after:,.0f} "
-            f"| {after / before:.2f} |"
+            f"| training at the {name} preset, characters per second | {before:,.0f} "
+            f"| {after:,.0f} | {after / before:.2f} |"
         )
         share = median[f"our {name} share"]
         print(
-            "| the same as a share of what a matrix product reaches "
+            "| the same, of the peak matmul throughput "
             f"| {share * median[f'our {name}'] / median[name]:.0%} | {share:.0%} | |"
         )
     for script in TO_THE_GOAL:
@@ -186,7 +191,7 @@ def main() -> None:
             f"| {median[script] / median['recipe']:.2f} |"
         )
     print(
-        f"| sampling at the full preset, characters a second | {theirs:,.1f} | {ours:,.1f} "
+        f"| sampling at the full preset, characters per second | {theirs:,.1f} | {ours:,.1f} "
         f"| {ours / theirs:.1f} |"
     )
     for script, flags in TO_THE_GOAL.items():

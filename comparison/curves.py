@@ -1,14 +1,14 @@
-"""The picture of a comparison: how the validation loss of each stage falls."""
+"""The validation loss of each stage, plotted over steps and over seconds."""
 
 import io
 import statistics
 from typing import NamedTuple
 
+from comparison.runs import STAGES, Row, TrainedRun
+
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from comparison.runs import STAGES, Rung, TrainedRun
 
 AXES = {
     "step": "training steps",
@@ -18,16 +18,15 @@ LABEL_SIZE = 10.0
 
 
 class Theme(NamedTuple):
-    """Colours for a background. Those of the stages are as far apart as can be for all readers,
-    whether they tell red from green or not, and each stage has the same hue in both themes."""
+    """Colors for a background. Color-blind readers can tell those of the stages apart too."""
 
     background: str
     ink: str
     faint: str
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
 
-    def colour(self, stage: str) -> str:
-        return self.colours[STAGES.index(stage)]
+    def color(self, stage: str) -> str:
+        return self.colors[STAGES.index(stage)]
 
     def style(self) -> dict[str, object]:
         return {
@@ -49,19 +48,25 @@ THEMES = {
         "#ffffff",
         "#1f2328",
         "#d0d7de",
-        ("#2c1111", "#808017", "#215821", "#3387db", "#180259", "#9632fa", "#83326f", "#df4c71"),
+        (
+            *("#2c1111", "#808017", "#215821", "#de6bad", "#3387db"),
+            *("#180259", "#9632fa", "#83326f", "#df4c71"),
+        ),
     ),
     "dark": Theme(
         "#0d1117",
         "#e6edf3",
         "#30363d",
-        ("#ea0606", "#eaea06", "#66e466", "#c3e0fd", "#ad98ed", "#9632fa", "#cd059b", "#cd7c90"),
+        (
+            *("#ea0606", "#eaea06", "#66e466", "#c5084a", "#c3e0fd"),
+            *("#ad98ed", "#9632fa", "#cd059b", "#cd7c90"),
+        ),
     ),
 }
 
 
 def picture(
-    groups: dict[Rung, list[TrainedRun]],
+    groups: dict[Row, list[TrainedRun]],
     theme: Theme,
     format: str,
     axes: tuple[str, ...] = tuple(AXES),
@@ -83,23 +88,24 @@ def written(figure: Figure, format: str) -> bytes:
     return content.getvalue()
 
 
-def draw(panel: Axes, groups: dict[Rung, list[TrainedRun]], theme: Theme, column: str) -> None:
-    """Every rung's mean over its seeds, with a band from the best of them to the worst."""
+def draw(panel: Axes, groups: dict[Row, list[TrainedRun]], theme: Theme, column: str) -> None:
+    """Each row's mean over its seeds, with a band from the best seed to the worst."""
     ends = {}
-    for rung, runs in groups.items():
-        colour = theme.colour(rung.stage)
+    for row, runs in groups.items():
+        color = theme.color(row.stage)
         evaluations = list(zip(*(run.rows for run in runs), strict=True))  # across the seeds
-        x = [statistics.mean(row[column] for row in rows) for rows in evaluations]
-        losses = [[row["val_loss"] for row in rows] for rows in evaluations]
+        x = [statistics.mean(each[column] for each in seeds) for seeds in evaluations]
+        losses = [[each["val_loss"] for each in seeds] for seeds in evaluations]
         y = [statistics.mean(each) for each in losses]
         low, high = ([extreme(each) for each in losses] for extreme in (min, max))
-        style = "--" if rung.is_variant else "-"
-        gid = "-".join([column, *rung.name.split()])
-        panel.plot(x, y, color=colour, linestyle=style, linewidth=2, gid=gid)
-        panel.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
-        ends[rung] = (x[-1], y[-1])
-    # Untrained models guess. All that follows would be a strip at the bottom, so they are cut off.
-    trained = [row["val_loss"] for runs in groups.values() for run in runs for row in run.rows[1:]]
+        style = "--" if row.is_variant else "-"
+        gid = "-".join([column, *row.name.split()])
+        panel.plot(x, y, color=color, linestyle=style, linewidth=2, gid=gid)
+        panel.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+        ends[row] = (x[-1], y[-1])
+    # The losses of untrained models are cut off: they would leave little room for all others.
+    evaluations = [each for runs in groups.values() for run in runs for each in run.rows[1:]]
+    trained = [each["val_loss"] for each in evaluations]
     pad = 0.08 * (max(trained) - min(trained)) or 0.1
     panel.set_ylim(min(trained) - pad, max(trained) + 2 * pad)
     if column == "seconds":
@@ -113,24 +119,24 @@ def draw(panel: Axes, groups: dict[Rung, list[TrainedRun]], theme: Theme, column
     label_ends(panel, ends, theme)
 
 
-def label_ends(panel: Axes, ends: dict[Rung, tuple[float, float]], theme: Theme) -> None:
-    """The name of each line where it ends, moved up or down where two would overlap."""
+def label_ends(panel: Axes, ends: dict[Row, tuple[float, float]], theme: Theme) -> None:
+    """The name of each line at its end, moved up or down where two would overlap."""
     points = 72 * panel.figure.get_figheight() * 0.85 / (panel.get_ylim()[1] - panel.get_ylim()[0])
-    rungs = sorted(ends, key=lambda rung: ends[rung][1])
-    heights = [ends[rung][1] * points for rung in rungs]
-    for rung, height, moved in zip(rungs, heights, apart(heights, LABEL_SIZE * 1.3), strict=True):
-        colour = theme.colour(rung.stage)
+    rows = sorted(ends, key=lambda row: ends[row][1])
+    heights = [ends[row][1] * points for row in rows]
+    for row, height, moved in zip(rows, heights, apart(heights, LABEL_SIZE * 1.3), strict=True):
+        color = theme.color(row.stage)
         panel.annotate(
-            rung.name,
-            ends[rung],
+            row.name,
+            ends[row],
             xytext=(14, moved - height),
             textcoords="offset points",
             verticalalignment="center",
-            color=colour,
+            color=color,
             size=LABEL_SIZE,
             weight="bold",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "relpos": (0, 0.5), "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": color, "relpos": (0, 0.5), "shrinkB": 0},
             bbox={"color": theme.background, "alpha": 0.8, "pad": 0.5, "linewidth": 0},
         )
 
@@ -138,7 +144,7 @@ def label_ends(panel: Axes, ends: dict[Rung, tuple[float, float]], theme: Theme)
 def apart(heights: list[float], gap: float) -> list[float]:
     """Ascending heights, moved as little as possible until they are `gap` apart.
 
-    With i gaps taken off the i-th, they need only ascend: where they do not, neighbours share
+    With i gaps taken off the i-th, they only have to ascend. Neighbors that do not are set to
     their mean.
     """
     groups: list[list[float]] = []

@@ -1,51 +1,50 @@
-"""What each idea of modern_gpt.py buys: all of them against all but one."""
+"""What each idea of modern_gpt.py is worth: all of them against all but one."""
 
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import modern_gpt
+from comparison.curves import Theme, written
+from comparison.runs import Row, Terms, TrainedRun
+from comparison.table import Estimate, Result, Table, conditions, results_of
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from comparison.curves import Theme, written
-from comparison.runs import Rung, Terms, TrainedRun
-from comparison.table import Estimate, Result, Table, conditions, results_of
-from modern_gpt import Idea
-
-IDEAS = get_args(Idea)
-ALL = Rung("modern_gpt", "--preset small", "nothing")
+IDEAS = tuple(field.name for field in fields(modern_gpt.Config) if field.type is bool)
+ALL = Row("modern_gpt", "nothing", "small")
+WITHOUT_ANY = ALL._replace(new="all: gpt.py's model").changed(**dict.fromkeys(IDEAS, False))
 EQUAL_STEPS = (
     ALL,
-    *(Rung(ALL.stage, f"{ALL.flags} --without {idea}", idea) for idea in IDEAS),
-    Rung(ALL.stage, f"{ALL.flags} --without all", "all: gpt.py's model"),
+    *(ALL._replace(new=idea).changed(**{idea: False}) for idea in IDEAS),
+    WITHOUT_ANY,
 )
-SHARES = 10  # steps are counted in tenths: smaller differences in time are hardly to be measured
+TENTHS = 10  # steps are counted in tenths: smaller differences in time cannot be measured reliably
 
 
-def equal_seconds(step_times: dict[str, float], terms: Terms) -> tuple[Rung, ...]:
-    """What goes without an idea for as long, not for as many steps, as all ideas take.
+def equal_seconds(step_times: dict[str, float], terms: Terms) -> tuple[Row, ...]:
+    """What is trained without an idea for as many seconds as all ideas take.
 
-    Where that is the same number of steps, the same run serves.
+    If these are as many steps, the same run serves.
     """
     usual = terms.config(ALL)
-    rungs = []
-    for rung in EQUAL_STEPS if step_times else ():
-        share = shares(step_times, rung.new)
-        steps, interval = (
-            max(1, usual[name] * share // SHARES) for name in ("max_iters", "eval_interval")
-        )
-        if steps != usual["max_iters"]:
-            flags = f"{rung.flags} --max-iters {steps} --eval-interval {interval}"
-            rungs.append(Rung(rung.stage, flags, rung.new))
-    return tuple(rungs)
+    rows = []
+    for row in EQUAL_STEPS if step_times else ():
+        count = tenths(step_times, row.new)
+        if count != TENTHS:
+            names = ("max_iters", "eval_interval")
+            steps = {name: max(1, usual[name] * count // TENTHS) for name in names}
+            rows.append(row.changed(**steps))
+    return tuple(rows)
 
 
-def shares(step_times: dict[str, float], left_out: str) -> int:
+def tenths(step_times: dict[str, float], left_out: str) -> int:
     """How many tenths of the usual steps fit into the usual time without an idea."""
-    return round(SHARES * step_times[ALL.new] / step_times[left_out])
+    return round(TENTHS * step_times[ALL.new] / step_times[left_out])
 
 
 @dataclass
@@ -54,38 +53,37 @@ class IdeaLine:
 
     left_out: str
     parameters: int
-    time: float | None  # of a step, as a share of that with all ideas; None: not measured
+    time: float | None  # of a step, relative to one with all ideas; None: not measured
     after_steps: Estimate
     after_seconds: Estimate | None  # None: these runs are missing
-    more_after_steps: Estimate | None = None  # than with all ideas
-    more_after_seconds: Estimate | None = None
+    increase_after_steps: Estimate | None = None  # over the loss with all ideas
+    increase_after_seconds: Estimate | None = None
 
 
 def idea_lines(results: Iterable[Result], step_times: dict[str, float]) -> list[IdeaLine]:
-    groups: dict[tuple[str, bool], list[Result]] = {}
+    groups: dict[tuple[str, bool], list[Result]] = {}  # by flags, and whether for equal seconds
     for result in results:
-        without, _, length = result.flags.removeprefix(ALL.flags).partition(" --max-iters")
-        groups.setdefault((without.strip(), bool(length)), []).append(result)
-    every = groups.get(("", False), [])
-    spread = common_spread(groups.values())
+        flags, _, length = result.flags.partition(" --max-iters")
+        groups.setdefault((flags, bool(length)), []).append(result)
+    every = groups.get((ALL.flags, False), [])
+    deviation = pooled_deviation(groups.values())
     lines = []
-    for rung in EQUAL_STEPS if every else ():
-        without = rung.flags.removeprefix(ALL.flags).strip()
-        runs = groups.get((without, False))
+    for row in EQUAL_STEPS if every else ():
+        runs = groups.get((row.flags, False))
         if not runs:
             continue
-        as_many = step_times and shares(step_times, rung.new) == SHARES
-        longer = runs if as_many else groups.get((without, True))
+        as_many = step_times and tenths(step_times, row.new) == TENTHS
+        longer = runs if as_many else groups.get((row.flags, True))
         line = IdeaLine(
-            rung.new,
+            row.new,
             runs[0].parameters,
-            step_times[rung.new] / step_times[ALL.new] if step_times else None,
+            step_times[row.new] / step_times[ALL.new] if step_times else None,
             estimate(runs),
             longer and estimate(longer),
         )
-        if rung != ALL:
-            line.more_after_steps = more(runs, every, spread)
-            line.more_after_seconds = longer and more(longer, every, spread)
+        if row != ALL:
+            line.increase_after_steps = increase(runs, every, deviation)
+            line.increase_after_seconds = longer and increase(longer, every, deviation)
         lines.append(line)
     return lines
 
@@ -98,9 +96,9 @@ class Ideas(NamedTuple):
 
 
 def compare_ideas(
-    groups: dict[Rung, list[TrainedRun]], step_times: dict[str, float]
+    groups: dict[Row, list[TrainedRun]], step_times: dict[str, float]
 ) -> Ideas | None:
-    """Nothing where there are not even two models to compare."""
+    """None if there are not even two models to compare."""
     lines = idea_lines(results_of(groups), step_times)
     return Ideas(lines, idea_notes(lines, groups)) if len(lines) > 1 else None
 
@@ -111,12 +109,12 @@ def losses(runs: list[Result]) -> list[float]:
 
 def estimate(runs: list[Result]) -> Estimate:
     values = losses(runs)
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return Estimate(statistics.mean(values), spread)
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Estimate(statistics.mean(values), deviation)
 
 
-def common_spread(groups: Iterable[list[Result]]) -> float | None:
-    """The standard deviation among seeds, from all groups: a single one is too small to tell it."""
+def pooled_deviation(groups: Iterable[list[Result]]) -> float | None:
+    """The standard deviation over seeds, from all groups: each alone is too small to show it."""
     groups = [losses(runs) for runs in groups if len(runs) > 1]
     if not groups:
         return None
@@ -124,9 +122,9 @@ def common_spread(groups: Iterable[list[Result]]) -> float | None:
     return math.sqrt(squares / sum(len(values) - 1 for values in groups))
 
 
-def more(runs: list[Result], every: list[Result], spread: float | None) -> Estimate:
+def increase(runs: list[Result], every: list[Result], deviation: float | None) -> Estimate:
     """How much higher the loss is than with all ideas, and the standard error of that."""
-    error = spread and spread * math.sqrt(1 / len(runs) + 1 / len(every))
+    error = deviation and deviation * math.sqrt(1 / len(runs) + 1 / len(every))
     return Estimate(estimate(runs).value - estimate(every).value, error)
 
 
@@ -135,58 +133,58 @@ def idea_table(lines: list[IdeaLine]) -> Table:
         "left out": lambda line: line.left_out,
         "parameters": lambda line: f"{line.parameters:,}",
         "after equal steps": lambda line: line.after_steps,
-        "more, equal steps": lambda line: signed(line.more_after_steps),
+        "increase, equal steps": lambda line: signed(line.increase_after_steps),
         "relative time": lambda line: f"{line.time:.2f}" if line.time else "",
         "after equal seconds": lambda line: line.after_seconds or "",
-        "more, equal seconds": lambda line: signed(line.more_after_seconds),
+        "increase, equal seconds": lambda line: signed(line.increase_after_seconds),
     }
     return [list(columns)] + [[str(column(line)) for column in columns.values()] for line in lines]
 
 
-def signed(more: Estimate | None) -> str:
-    return "" if more is None else ("" if more.value < 0 else "+") + str(more)
+def signed(estimate: Estimate | None) -> str:
+    return "" if estimate is None else ("" if estimate.value < 0 else "+") + str(estimate)
 
 
-def idea_notes(lines: list[IdeaLine], groups: dict[Rung, list[TrainedRun]]) -> list[str]:
-    """What a reader must know of the table, and what it says."""
+def idea_notes(lines: list[IdeaLine], groups: dict[Row, list[TrainedRun]]) -> list[str]:
+    """What a reader must know of the table, and what it shows."""
     many = any(line.after_steps.uncertainty is not None for line in lines)
     steps = groups[ALL][0].config["max_iters"]
     return [
         conditions(groups),
-        f"{ALL.command} takes {steps:,} steps; without an idea it takes as many, or goes on for as "
-        f"many seconds, counted in {SHARES}ths of the steps. Relative time: of a step, all of them "
-        "measured in turns.",
+        f"{ALL.command} takes {steps:,} steps. Without an idea, a model is trained for as many "
+        "steps, and for as many seconds, rounded to a tenth of the steps. Relative time is that of "
+        "a step; the steps of all models are timed in turns.",
         "Validation loss at a run's best evaluation"
         + ("; mean ± standard deviation. " if many else ". ")
-        + "More: than with all ideas"
-        + ("; ± its standard error, from the spread of all rows together." if many else "."),
-        "All rows are held against the same runs with all ideas. Sizes and rates were chosen for "
-        "those, and stay: an idea is worth here what it adds to the others, and the model without "
-        "all of them would do better with rates of its own.",
+        + "Increase: over the loss with all ideas"
+        + ("; ± its standard error, from the standard deviation in all rows." if many else "."),
+        "Sizes and learning rates were chosen for the model with all ideas, and are the same in "
+        "all rows: an idea is worth here what it adds to the others, and the model without all of "
+        "them would do better with learning rates of its own.",
         *verdicts(lines),
     ]
 
 
 def verdicts(lines: list[IdeaLine]) -> list[str]:
-    """Which ideas bought something, as far as several seeds can tell."""
+    """Which ideas made a difference, as far as several seeds can show."""
     lowered, raised, nothing = [], [], []
     for line in lines:
-        more = line.more_after_seconds
-        if line.left_out in IDEAS and more and more.uncertainty is not None:
-            sure = abs(more.value) > 2 * more.uncertainty
-            kind = nothing if not sure else lowered if more.value > 0 else raised
+        increase = line.increase_after_seconds
+        if line.left_out in IDEAS and increase and increase.uncertainty is not None:
+            is_sure = abs(increase.value) > 2 * increase.uncertainty
+            kind = nothing if not is_sure else lowered if increase.value > 0 else raised
             kind.append(line.left_out)
     endings = {
-        "These lowered the loss after equal seconds, by two standard errors or more": lowered,
+        "These lowered the loss after equal seconds by more than two standard errors": lowered,
         "These raised it": raised,
-        "These bought nothing at this size that these seeds can show": nothing,
+        "No difference shown at this size with these seeds": nothing,
     }
     return [f"{words}: {', '.join(ideas)}." for words, ideas in endings.items() if ideas]
 
 
 def idea_picture(lines: list[IdeaLine], theme: Theme, format: str) -> bytes:
-    """What is lost without each idea: a dot for equal steps, a ring for equal seconds."""
-    shown = [line for line in lines if line.more_after_steps]
+    """The loss that each idea saves: a dot for equal steps, a ring for equal seconds."""
+    shown = [line for line in lines if line.increase_after_steps]
     with matplotlib.rc_context(theme.style()):
         figure = Figure(figsize=(7.6, 0.42 * len(shown) + 1.4), layout="constrained")
         draw(figure.subplots(), shown, theme)
@@ -194,11 +192,11 @@ def idea_picture(lines: list[IdeaLine], theme: Theme, format: str) -> bytes:
 
 
 def draw(panel: Axes, lines: list[IdeaLine], theme: Theme) -> None:
+    color = theme.color("gpt")
     kinds = {
-        "equal steps": ("more_after_steps", -0.13, theme.colour("gpt")),
-        "equal seconds": ("more_after_seconds", 0.13, theme.background),
+        "equal steps": ("increase_after_steps", -0.13, color),
+        "equal seconds": ("increase_after_seconds", 0.13, theme.background),
     }
-    colour = theme.colour("gpt")
     for kind, (name, offset, inside) in kinds.items():
         points = {i: value for i, line in enumerate(lines) if (value := getattr(line, name))}
         panel.errorbar(
@@ -206,7 +204,7 @@ def draw(panel: Axes, lines: list[IdeaLine], theme: Theme) -> None:
             [i + offset for i in points],
             xerr=[2 * (value.uncertainty or 0) for value in points.values()],
             fmt="o",
-            color=colour,
+            color=color,
             markerfacecolor=inside,
             markersize=7,
             elinewidth=1.5,
@@ -218,7 +216,7 @@ def draw(panel: Axes, lines: list[IdeaLine], theme: Theme) -> None:
     panel.set_yticks(range(len(lines)), [f"without {line.left_out}" for line in lines])
     panel.invert_yaxis()
     bars = "; bars: two standard errors" if lines[0].after_steps.uncertainty is not None else ""
-    panel.set_xlabel(f"more validation loss than with all ideas\n(nats per character{bars})")
+    panel.set_xlabel(f"increase of the validation loss\n(nats per character{bars})")
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(length=0)
     panel.grid(axis="x", color=theme.faint, linewidth=0.6)

@@ -1,6 +1,5 @@
-"""The page of a comparison: one HTML file that needs no other, made from report.html."""
+"""The page of a comparison: one self-contained HTML file, made from report.html."""
 
-import argparse
 import ast
 import base64
 import difflib
@@ -10,33 +9,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
-
-from common import Corpus, Tokenizer, UserError
+from trainer import UserError
+from common import Tokenizer
 from comparison.curves import AXES, THEMES, picture
 from comparison.ideas import Ideas, idea_picture, idea_table
-from comparison.runs import STAGES, Rung, TrainedRun
+from comparison.runs import STAGES, Row, TrainedRun
 from comparison.table import TEXT_COLUMNS, Line, Table
 from sample import generate, load
+from trainer.corpus import Corpus
+from trainer.sampling import SampleSettings
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 3  # lines around a difference
 
 
 def report(
-    groups: dict[Rung, list[TrainedRun]],
+    groups: dict[Row, list[TrainedRun]],
     lines: list[Line],
     table: Table,
     warning: str,
     notes: list[str],
     ideas: Ideas | None,
     corpus: Corpus,
-    prompt: str,
-    options: argparse.Namespace,
+    settings: SampleSettings,
 ) -> bytes:
-    # Of several presets the smallest, which comes first.
-    stages = {line.rung.stage: line for line in reversed(lines) if not line.rung.is_variant}
+    # Of several presets, the smallest, which comes first.
+    stages = {line.row.stage: line for line in reversed(lines) if not line.row.is_variant}
     environment = Environment(
         loader=FileSystemLoader(HERE, encoding="utf-8"),
         autoescape=True,
@@ -44,12 +45,11 @@ def report(
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters["prose"] = prose
     page = environment.get_template("report.html").render(
         corpus=corpus,
         steps=[step(number, stages) for number in range(len(STAGES))],
-        colours={
-            stage: "; ".join(f"--{name}: {theme.colour(stage)}" for name, theme in THEMES.items())
+        colors={
+            stage: "; ".join(f"--{name}: {theme.color(stage)}" for name, theme in THEMES.items())
             for stage in STAGES
         },
         first=lines[0],
@@ -73,13 +73,12 @@ def report(
         },
         warning=warning,
         notes=notes,
-        prompt=prompt,
         samples=[
-            (rung, sample_of(runs[0], prompt, options))
-            for rung, runs in groups.items()
-            if not rung.is_variant
+            (row, sample_of(runs[0], settings))
+            for row, runs in groups.items()
+            if not row.is_variant
         ],
-        options=options,
+        settings=settings,
         zip=zip,
     )
     return page.replace("\0", "\ufffd").encode("utf-8", errors="replace")
@@ -90,33 +89,25 @@ def data_address(svg: bytes) -> str:
 
 
 def step(number: int, stages: dict[str, Line]) -> dict[str, Any]:
-    """A step of the ladder: what the stage says of itself, what it came to, and its difference."""
+    """One stage on the page: its docstring, its result, and what changes in its code."""
     stage = STAGES[number]
     before = STAGES[number - 1] if number else None
-    title, *paragraphs = read_docstring(stage).split("\n\n")
-    code = read_code(stage)
+    source = read_source(stage)
+    title, *paragraphs = ast.get_docstring(ast.parse(source)).split("\n\n")
+    code = code_of(source)
     return {
         "number": number + 1,
         "stage": stage,
         "title": title.partition(": ")[2].rstrip("."),
-        "paragraphs": [
-            {"is_code": each.startswith(" "), "text": textwrap.dedent(each)}
-            for each in paragraphs
-            if not each.startswith("Since ")
-        ],
+        "paragraphs": list(map(prose, paragraphs)),
         "line": stages.get(stage),
         "before": before,
-        "code": list(difference(read_code(before), code)) if before else plain(code),
+        "code": list(difference(code_of(read_source(before)), code)) if before else plain(code),
     }
 
 
-def read_docstring(stage: str) -> str:
-    return ast.get_docstring(ast.parse(read_source(stage)))
-
-
-def read_code(stage: str) -> list[str]:
+def code_of(source: str) -> list[str]:
     """A script without its docstring, which the page shows as prose."""
-    source = read_source(stage)
     end = ast.parse(source).body[0].end_lineno
     return "\n".join(source.splitlines()[end:]).strip("\n").split("\n")
 
@@ -126,9 +117,16 @@ def read_source(stage: str) -> str:
 
 
 def prose(paragraph: str) -> Markup:
-    """What stands between backticks is code."""
+    """A paragraph of a docstring as HTML: the little Markdown that the stages use."""
+    if paragraph.startswith(" "):
+        return Markup("<pre>{}</pre>").format(textwrap.dedent(paragraph))
     text = str(escape(paragraph))
-    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", text))
+    text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text, flags=re.DOTALL)
+    if text.startswith("- "):
+        items = text.removeprefix("- ").split("\n- ")
+        return Markup("<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>")
+    return Markup(f"<p>{text}</p>")
 
 
 class CodeLine(NamedTuple):
@@ -147,24 +145,26 @@ def difference(before: list[str], after: list[str]) -> Iterator[CodeLine]:
 
 
 def first_line(corpus: Corpus) -> str:
-    """A prompt that no model has seen: the first whole line of the validation text."""
-    numbers = corpus.validation[:2000].tolist()
-    _, *lines = Tokenizer(corpus.vocabulary).decode(numbers).split("\n")
+    """A prompt that no model was trained on: the first whole line of the validation split."""
+    ids = corpus.validation[:2000].tolist()
+    _, *lines = Tokenizer(corpus.vocabulary).decode(ids).split("\n")
     return next((f"{line}\n"[:40] for line in lines if line.strip()), "")
 
 
-def sample_of(run: TrainedRun, prompt: str, options: argparse.Namespace) -> str:
+def sample_of(run: TrainedRun, settings: SampleSettings) -> str:
+    """What the model adds to the prompt."""
     try:
         model, tokenizer = load(run.folder, run.device)
-        text = generate(
-            model,
-            tokenizer,
-            prompt,
-            options.sample_length,
-            options.temperature,
-            options.top_k,
-            run.seed,
+        return "".join(
+            generate(
+                model,
+                tokenizer,
+                settings.prompt,
+                settings.sample_length,
+                settings.temperature,
+                settings.top_k,
+                run.seed,
+            )
         )
-        return "".join(text)
     except UserError as error:
         return f"({error})"

@@ -1,21 +1,24 @@
-"""Which runs a comparison wants, which are there, and which are left out and why."""
+"""Which runs a comparison wants, which exist, and which are left out and why."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import Corpus, UserError
-from flags import flag, given_fields, parse_flags, typed
-from run_folder import read_losses, script_sha256
+from trainer import UserError
 from sample import stage_module
-from settings import preset_for
+from trainer.corpus import Corpus
+from trainer.flags import typed
+from trainer.folder import COLUMNS
+from trainer.plan import preset_for
 
 STAGES = (
     "bigram",
     "self_attention",
     "multihead_attention",
+    "batched_attention",
     "feed_forward",
     "residual",
     "layer_norm",
@@ -24,12 +27,18 @@ STAGES = (
 )
 
 
-class Rung(NamedTuple):
-    """A stage, or a variant of it."""
+class Row(NamedTuple):
+    """A row of the table: a stage, or a variant of it."""
 
     stage: str
-    flags: str
     new: str  # since the stage before
+    preset: str = ""
+    changes: tuple[tuple[str, Any], ...] = ()  # fields of its config, and their values
+
+    @property
+    def flags(self) -> str:
+        preset = [f"--preset {self.preset}"] if self.preset else []
+        return " ".join([*preset, *(typed(name, value) for name, value in self.changes)])
 
     @property
     def name(self) -> str:
@@ -41,24 +50,32 @@ class Rung(NamedTuple):
 
     @property
     def is_variant(self) -> bool:
-        return self.flags != "" and not self.flags.startswith("--preset")
+        return self.changes != ()
+
+    def changed(self, **fields: Any) -> "Row":
+        return self._replace(changes=(*self.changes, *fields.items()))
 
 
-RUNGS = (
-    Rung("bigram", "", "a table of character pairs"),
-    Rung("self_attention", "", "one head of attention"),
-    Rung("multihead_attention", "", "four heads"),
-    Rung("feed_forward", "", "a network after them"),
-    Rung("residual", "", "three blocks that add"),
-    Rung("residual", "--no-residual", "the same without adding"),
-    Rung("layer_norm", "", "normalised before"),
-    Rung("layer_norm", "--norm post", "normalised after"),
-    Rung("gpt", "--preset small", "scaled up, for a processor"),
-    Rung("gpt", "--preset full", "scaled up, for a graphics card"),
-    Rung("modern_gpt", "--preset small", "what changed since, for a processor"),
-    Rung("modern_gpt", "--preset middle", "the same with more time"),
-    Rung("modern_gpt", "--preset full", "the same for a graphics card"),
+ROWS = (
+    Row("bigram", "a table of character pairs"),
+    Row("self_attention", "one attention head"),
+    Row("multihead_attention", "four heads"),
+    Row("batched_attention", "the same heads in one matrix product"),
+    Row("feed_forward", "an MLP after them"),
+    Row("residual", "three blocks with skip connections"),
+    Row("residual", "the same without skip connections").changed(residual=False),
+    Row("layer_norm", "normalization before each sublayer"),
+    Row("layer_norm", "normalization after each sublayer").changed(norm="post"),
+    Row("gpt", "scaled up, for a CPU", "small"),
+    Row("gpt", "scaled up, for a GPU", "full"),
+    Row("modern_gpt", "newer ideas, for a CPU", "small"),
+    Row("modern_gpt", "the same, trained for longer", "middle"),
+    Row("modern_gpt", "the same, for a GPU", "full"),
 )
+
+
+class LeftOut(UserError):
+    """This run does not belong in the comparison; the message says why."""
 
 
 @dataclass
@@ -73,10 +90,9 @@ class TrainedRun:
     corpus: str
     sha256: str
     init_from: str
-    script_sha256: str
     changed_on_resume: list[str]
     parameters: int
-    number_format: str
+    dtype: str
     torch: str
     rows: list[dict[str, float]]  # of losses.csv
 
@@ -90,38 +106,45 @@ class TrainedRun:
 
 
 def read_run(folder: Path) -> TrainedRun:
-    path = folder / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         run = TrainedRun(
             folder,
             stage=settings["stage"],
-            config={
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in dict(settings["config"]).items()
-            },
+            config=dict(settings["config"]),
             seed=int(settings["seed"]),
             device=settings["device"],
             corpus=settings["corpus"]["name"],
             sha256=settings["corpus"]["sha256"],
             init_from=settings["init_from"],
-            script_sha256=settings.get("script_sha256", ""),
-            changed_on_resume=list(settings.get("changed_on_resume", [])),
+            changed_on_resume=list(settings["changed_on_resume"]),
             parameters=int(settings["parameters"]),
-            number_format=settings["number_format"],
+            dtype=settings["dtype"],
             torch=settings["versions"]["torch"],
             rows=[],
         )
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise LeftOut(f"cannot read its config.json: {error.strerror}") from None
     except (ValueError, LookupError, TypeError):  # which one depends on where it is damaged
-        raise UserError(f"{path} is damaged, or not of a run of this course") from None
+        message = "its config.json is damaged, or written by an older version of this course"
+        raise LeftOut(message) from None
     run.rows = read_losses(folder / "losses.csv")
     return run
 
 
-class LeftOut(Exception):
-    """This run does not belong into the comparison; the message says why."""
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's losses.csv."""
+    try:
+        heading, *lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [dict(zip(COLUMNS, map(float, line.split(",")), strict=True)) for line in lines]
+        are_finite = all(math.isfinite(value) for row in rows for value in row.values())
+        if heading != ",".join(COLUMNS) or not rows or not are_finite:
+            raise ValueError
+    except OSError as error:
+        raise LeftOut(f"cannot read its losses.csv: {error.strerror}") from None
+    except ValueError:
+        raise LeftOut("its losses.csv is damaged") from None
+    return [row | {name: int(row[name]) for name in ("step", "tokens")} for row in rows]
 
 
 @dataclass
@@ -131,120 +154,106 @@ class Terms:
     corpus: Corpus
     device: str
     stages: tuple[str, ...] = STAGES
-    seeds: range | None = None  # None: whichever are there
-    max_iters: int | None = None  # None: what each stage takes by itself
-    ladder: tuple[Rung, ...] = RUNGS  # what is compared
+    seeds: range | None = None  # None: all there are
+    max_iters: int | None = None  # None: each stage's own
+    table: tuple[Row, ...] = ROWS  # what is compared
 
-    def rungs(self) -> list[Rung]:
-        return [rung for rung in self.ladder if rung.stage in self.stages]
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row in self.table if row.stage in self.stages]
 
-    def to_train(self) -> list[Rung]:
-        if self.ladder != RUNGS:
-            return self.rungs()
-        other_presets = {"small", "middle", "full"} - {preset_for(self.device)}
-        unsuited = {f"--preset {preset}" for preset in other_presets}
-        return [rung for rung in self.rungs() if rung.flags not in unsuited]
+    def to_train(self) -> list[Row]:
+        if self.table != ROWS:
+            return self.rows
+        return [row for row in self.rows if row.preset in ("", preset_for(self.device))]
 
-    def flags(self, rung: Rung) -> list[str]:
-        """What makes a run of it, seed and text apart."""
-        words = rung.flags.split()
-        if self.max_iters and "--max-iters" not in words:
-            words += ["--max-iters", str(self.max_iters)]
-            words += ["--eval-interval", str(max(1, self.max_iters // 10))]
-        return words
+    def complete(self, row: Row) -> Row:
+        """The row with the number of steps that the comparison asks for."""
+        if not self.max_iters or "max_iters" in dict(row.changes):
+            return row
+        return row.changed(max_iters=self.max_iters, eval_interval=max(1, self.max_iters // 10))
 
     @cached_property
-    def configs(self) -> dict[Rung, dict[str, Any]]:
-        """What the rungs ask for: finding out takes a while, and each run is held against all."""
-        return {rung: self.config(rung) for rung in self.rungs()}
+    def configs(self) -> dict[Row, dict[str, Any]]:
+        return {row: self.config(row) for row in self.rows}
 
-    def config(self, rung: Rung) -> dict[str, Any]:
-        module = stage_module(rung.stage)
-        presets = getattr(module, "PRESETS", None)
-        options = parse_flags(module.Config, presets, self.flags(rung))
-        config = presets[options.preset] if presets else module.Config()
-        given = given_fields(options, module.Config)
-        return asdict(replace(config, **given, vocab_size=len(self.corpus.vocabulary)))
+    def config(self, row: Row) -> dict[str, Any]:
+        module, changes = stage_module(row.stage), dict(self.complete(row).changes)
+        config = module.PRESETS[row.preset] if row.preset else module.Config()
+        return asdict(replace(config, **changes, vocab_size=len(self.corpus.vocabulary)))
 
     def warning(self) -> str:
-        """Fewer steps than a stage is made for say little."""
+        """Fewer steps than a stage is made for show little."""
         own = replace(self, max_iters=None)
-        whole = [rung for rung in self.to_train() if "--max-iters" not in rung.flags]
-        usual = {own.config(rung)["max_iters"] for rung in whole}
+        rows = [row for row in self.to_train() if "max_iters" not in dict(row.changes)]
+        usual = {own.config(row)["max_iters"] for row in rows}
         if not self.max_iters or self.max_iters >= max(usual):
             return ""
         instead = " to ".join(map(str, sorted({min(usual), max(usual)})))
         return (
-            f"A quick look: {self.max_iters} steps instead of {instead}. What is better shows only "
-            "when all have learnt."
+            f"This is a quick look, with {self.max_iters} steps instead of {instead}. Which model "
+            "is better shows only after all of them."
         )
 
-    def place(self, run: TrainedRun) -> Rung:
-        """The rung that a run belongs to."""
-        rungs = [rung for rung in self.rungs() if rung.stage == run.stage]
-        if not rungs:
-            raise LeftOut("")  # as --stages asks for
-        if run.config.get("without") and self.ladder == RUNGS:
-            raise LeftOut("")  # as is what compare.py --modern compares
+    def place(self, run: TrainedRun) -> Row | None:
+        """The row that a run belongs to; None if nobody asked for its kind."""
+        rows = [row for row in self.rows if row.stage == run.stage]
+        lacks_ideas = any(value is False for value in run.config.values())
+        if not rows or self.table == ROWS and run.stage == "modern_gpt" and lacks_ideas:
+            return None
         if run.sha256 != self.corpus.sha256:
-            raise LeftOut(f"learnt another text, {run.corpus}")
-        if run.script_sha256 != script_sha256(run.stage):
-            raise LeftOut(f"made by another version of {run.stage}.py")
+            raise LeftOut(f"trained on another text, {run.corpus}")
         if run.init_from:
             raise LeftOut("started from the weights of another run")
         if run.changed_on_resume:
             raise LeftOut(f"resumed with another {', '.join(run.changed_on_resume)}")
-        differences = {rung: different_settings(run.config, self.configs[rung]) for rung in rungs}
-        rung = min(rungs, key=lambda rung: len(differences[rung]))
-        if differences[rung]:
-            raise LeftOut(f"made with {' '.join(differences[rung])}")
+        differences = {row: different_fields(run.config, self.configs[row]) for row in rows}
+        row = min(rows, key=lambda row: len(differences[row]))
+        if differences[row]:
+            raise LeftOut(f"made with {' '.join(differences[row])}")
         if run.device != self.device:
             raise LeftOut(f"made on {run.device}, and this comparison is for {self.device}")
         last = run.config["max_iters"]
         steps = [*range(0, last, run.config["eval_interval"]), last]
-        if [row["step"] for row in run.rows] != steps[: len(run.rows)]:
-            raise LeftOut("its losses.csv holds other steps than its settings ask for")
+        if [each["step"] for each in run.rows] != steps[: len(run.rows)]:
+            raise LeftOut("its losses.csv has other steps than its settings ask for")
         if self.seeds and run.seed not in self.seeds:
             raise LeftOut(f"made with --seed {run.seed}")
-        return rung
+        return row
 
 
-def different_settings(have: dict[str, Any], want: dict[str, Any]) -> list[str]:
-    """The flags that made the difference."""
-    told = [f"without {flag(name)}" for name in want.keys() - have.keys()]
-    for name, value in have.items():
-        if name not in want or value != want[name]:
-            on_or_off = {True: flag(name), False: flag(f"no_{name}")}
-            is_switch = isinstance(value, bool)
-            told.append(on_or_off[value] if is_switch else f"{flag(name)} {typed(value)}")
-    return told
+def different_fields(have: dict[str, Any], want: dict[str, Any]) -> list[str]:
+    """As flags: what a run has instead of what a row asks for."""
+    return [typed(name, have.get(name)) for name in have | want if have.get(name) != want.get(name)]
 
 
 @dataclass
 class Found:
-    """The runs that are there, sorted."""
+    """The runs that exist, sorted."""
 
-    finished: dict[tuple[Rung, int], TrainedRun] = field(default_factory=dict)  # by rung and seed
-    unfinished: dict[tuple[Rung, int], TrainedRun] = field(default_factory=dict)
+    finished: dict[tuple[Row, int], TrainedRun] = field(default_factory=dict)  # by row and seed
+    unfinished: dict[tuple[Row, int], TrainedRun] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
-    def by_rung(self, ladder: tuple[Rung, ...] = RUNGS) -> dict[Rung, list[TrainedRun]]:
-        """In the order of the ladder, and of the seeds."""
-        keys = sorted(self.finished, key=lambda key: (ladder.index(key[0]), key[1]))
-        groups: dict[Rung, list[TrainedRun]] = {}
-        for key in keys:
+    def by_row(self, table: tuple[Row, ...] = ROWS) -> dict[Row, list[TrainedRun]]:
+        """In the order of the table, and of the seeds."""
+        groups: dict[Row, list[TrainedRun]] = {}
+        for key in sorted(self.finished, key=lambda key: (table.index(key[0]), key[1])):
             groups.setdefault(key[0], []).append(self.finished[key])
         return groups
 
 
 def find_runs(terms: Terms, own: Path) -> Found:
-    """Sort the runs below runs/; those in `own` may be resumed where they are unfinished."""
+    """Sort the runs below runs/; unfinished ones may be resumed only if they are below `own`."""
     found = Found()
     reasons: dict[str, list[str]] = {}
     for folder in sorted(path.parent for path in Path("runs").rglob("config.json")):
         try:
             run = read_run(folder)
-            key = terms.place(run), run.seed
+            row = terms.place(run)
+            if row is None:
+                continue
+            key = row, run.seed
             if key in found.finished:
                 raise LeftOut(f"the same run as {found.finished[key].folder}")
             if run.finished:
@@ -254,11 +263,7 @@ def find_runs(terms: Terms, own: Path) -> Found:
             else:
                 raise LeftOut("unfinished, or still running")
         except LeftOut as reason:
-            if not str(reason):
-                continue
             reasons.setdefault(str(reason), []).append(str(folder))
-        except UserError as error:
-            found.left_out.append(str(error))
     for reason, folders in reasons.items():
         more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
         found.left_out.append(f"{', '.join(folders[:3])}{more}: {reason}")

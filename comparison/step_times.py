@@ -1,7 +1,7 @@
-"""What a training step of modern_gpt.py takes without each of its ideas.
+"""How long a training step of modern_gpt.py takes without each of its ideas.
 
-How long whole runs take does not tell: what else the machine does meanwhile makes more of a
-difference than most ideas.
+The times of whole runs do not show it: other work on the machine changes them more than most ideas
+do.
 """
 
 import json
@@ -10,66 +10,66 @@ import random
 import time
 from pathlib import Path
 
-import torch
-
+import modern_gpt
 from common import draw_batch
-from comparison.runs import Rung, Terms
-from machine import pick_number_format, wait_for
-from run_folder import script_sha256, write_whole
-from sample import stage_module
+from comparison.ideas import EQUAL_STEPS
+from comparison.runs import Terms
+from trainer.folder import write_whole
+from trainer.machine import Machine, MachineSettings, threads
+
+import torch
 
 ROUNDS = 24
 
 
-def measure_step_times(rungs: tuple[Rung, ...], terms: Terms, threads: int) -> dict[str, float]:
-    """Seconds by what is new in a rung: of steps taken in turns the one least disturbed."""
+def measure_step_times(terms: Terms, thread_count: int) -> dict[str, float]:
+    """Seconds per step without each idea: the shortest of many, taken in turns."""
     device = torch.device(terms.device)
-    number_format = pick_number_format(device)
+    machine = Machine(MachineSettings(), device, "auto")
     generator = torch.Generator().manual_seed(1)
     trials = {}
-    for rung in rungs:
-        module = stage_module(rung.stage)
-        config = module.Config(**terms.config(rung))
-        model = module.Model(config).to(device)
-        batch = draw_batch(terms.corpus.training, config.block_size, config.batch_size, generator)
+    for row in EQUAL_STEPS:
+        config = modern_gpt.Config(**terms.config(row))
+        model = modern_gpt.Model(config).to(device)
+        batch = draw_batch(terms.corpus.train, config.block_size, config.batch_size, generator)
         idx, targets = (half.to(device) for half in batch)
-        trials[rung.new] = model, module.make_optimizers(model, config), idx, targets
+        trials[row.new] = model, modern_gpt.make_optimizers(model, config), idx, targets
     seconds = dict.fromkeys(trials, math.inf)
     order = list(trials.items())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    for number in range(ROUNDS):
-        random.Random(number).shuffle(order)  # none always comes after the same one
-        for name, (model, optimizers, idx, targets) in order:
-            wait_for(device)
-            began = time.perf_counter()
-            with torch.autocast(device.type, number_format, enabled=number_format != torch.float32):
-                _, loss = model(idx, targets)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            wait_for(device)
-            seconds[name] = min(seconds[name], time.perf_counter() - began)
-    torch.set_num_threads(before)
+    with threads(thread_count):
+        for number in range(ROUNDS):
+            random.Random(number).shuffle(order)  # or one always follows the same other one
+            for name, (model, optimizers, idx, targets) in order:
+                synchronize(device)
+                began = time.perf_counter()
+                with machine.autocast():
+                    _, loss = model(idx, targets)
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                synchronize(device)
+                seconds[name] = min(seconds[name], time.perf_counter() - began)
     return seconds
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, which computes while the program continues."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def save_step_times(path: Path, seconds: dict[str, float], terms: Terms) -> None:
-    content = {**of_what(terms), "seconds": seconds}
+    content = {"device": terms.device, "seconds": seconds}
     write_whole(path, json.dumps(content, indent=2).encode("utf-8"))
 
 
 def read_step_times(path: Path, terms: Terms) -> dict[str, float]:
-    """Nothing where they are not there, or of another version of the script or another device."""
+    """Empty if they are not there, of another device, or of other ideas."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if {name: content[name] for name in of_what(terms)} == of_what(terms):
-            return {str(name): float(seconds) for name, seconds in content["seconds"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        if content["device"] == terms.device:
+            return {row.new: float(content["seconds"][row.new]) for row in EQUAL_STEPS}
+    except (OSError, ValueError, LookupError, TypeError):
         pass  # then they are measured again
     return {}
-
-
-def of_what(terms: Terms) -> dict[str, str]:
-    return {"script_sha256": script_sha256("modern_gpt"), "device": terms.device}

@@ -1,4 +1,4 @@
-"""The table of a comparison: from the best evaluation of each run to a line for each stage."""
+"""The table of a comparison: from the best evaluation of each run to a line per stage."""
 
 import csv
 import io
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from comparison.runs import RUNGS, STAGES, Rung, TrainedRun
+from comparison.runs import ROWS, STAGES, Row, TrainedRun
 
 
 class Result(NamedTuple):
-    """What one run came to: a row of the comparison's losses.csv."""
+    """The result of one run: a row of the comparison's losses.csv."""
 
     stage: str
     flags: str
@@ -26,17 +26,17 @@ class Result(NamedTuple):
     seconds: float
 
 
-def results_of(groups: dict[Rung, list[TrainedRun]]) -> list[Result]:
+def results_of(groups: dict[Row, list[TrainedRun]]) -> list[Result]:
     return [
         Result(
-            rung.stage,
-            rung.flags,
+            row.stage,
+            row.flags,
             run.seed,
             run.parameters,
             *(run.best[name] for name in ("step", "train_loss", "val_loss")),
             *(run.rows[-1][name] for name in ("tokens", "seconds")),
         )
-        for rung, runs in groups.items()
+        for row, runs in groups.items()
         for run in runs
     ]
 
@@ -57,7 +57,7 @@ def read_results(path: Path) -> list[Result]:
 
 
 class Estimate(NamedTuple):
-    """A number and how uncertain it is; None where one run cannot tell."""
+    """A number and its uncertainty, which one run alone cannot show."""
 
     value: float
     uncertainty: float | None
@@ -71,15 +71,15 @@ class Estimate(NamedTuple):
 class Line:
     """A stage or a variant: the mean over its runs."""
 
-    rung: Rung
+    row: Row
     seeds: list[int]
     losses: list[float]
     parameters: int
     train_loss: float
     seconds: float
     speed: float  # characters a second
-    before: Rung | None = None  # the stage that the gain is over
-    gain: Estimate | None = None
+    before: Row | None = None  # the stage that it improves on
+    improvement: Estimate | None = None
 
     @property
     def loss(self) -> Estimate:
@@ -90,12 +90,12 @@ class Line:
         )
 
     @property
-    def leaps(self) -> bool:
-        """Whether the gain is not over the stage just before, of the same preset if it has one."""
+    def skips(self) -> bool:
+        """Whether `before` is not the stage just before, or has another preset."""
         if not self.before:
             return False
-        presets = {each.flags for each in (self.rung, self.before) if "--preset" in each.flags}
-        distance = STAGES.index(self.rung.stage) - STAGES.index(self.before.stage)
+        presets = {self.row.preset, self.before.preset} - {""}
+        distance = STAGES.index(self.row.stage) - STAGES.index(self.before.stage)
         return distance != 1 or len(presets) > 1
 
 
@@ -104,10 +104,10 @@ def lines_of(results: Iterable[Result]) -> list[Line]:
     for result in results:
         groups.setdefault((result.stage, result.flags), []).append(result)
     lines: list[Line] = []
-    for rung in RUNGS:
-        if runs := groups.get((rung.stage, rung.flags)):
+    for row in ROWS:
+        if runs := groups.get((row.stage, row.flags)):
             line = Line(
-                rung,
+                row,
                 seeds=[run.seed for run in runs],
                 losses=[run.val_loss for run in runs],
                 parameters=runs[0].parameters,
@@ -115,22 +115,23 @@ def lines_of(results: Iterable[Result]) -> list[Line]:
                 seconds=statistics.mean(run.seconds for run in runs),
                 speed=sum(run.tokens for run in runs) / max(1e-9, sum(run.seconds for run in runs)),
             )
-            if before := stage_before(rung, lines):
-                line.before, line.gain = before.rung, gain(before.losses, line.losses)
+            if before := stage_before(row, lines):
+                line.before = before.row
+                line.improvement = improvement(before.losses, line.losses)
             lines.append(line)
     return lines
 
 
-def stage_before(rung: Rung, lines: list[Line]) -> Line | None:
+def stage_before(row: Row, lines: list[Line]) -> Line | None:
     """What a stage is compared with, and each of its variants too."""
-    others = [each for each in lines if each.rung.stage != rung.stage]
-    stages = [each for each in others if not each.rung.is_variant]
-    alike = [each for each in stages if each.rung.flags == rung.flags]  # of the same preset
+    others = [each for each in lines if each.row.stage != row.stage]
+    stages = [each for each in others if not each.row.is_variant]
+    alike = [each for each in stages if each.row.preset == row.preset]
     return (alike or stages or [None])[-1]
 
 
-def gain(before: list[float], after: list[float]) -> Estimate:
-    """The difference of two means, and its standard error as of independent runs."""
+def improvement(before: list[float], after: list[float]) -> Estimate:
+    """The difference of two means, and its standard error if all runs are independent."""
     difference = statistics.mean(before) - statistics.mean(after)
     if min(len(before), len(after)) < 2:
         return Estimate(difference, None)
@@ -139,7 +140,7 @@ def gain(before: list[float], after: list[float]) -> Estimate:
 
 
 Table = list[list[str]]  # the headings, then a row for each line
-TEXT_COLUMNS = ("run", "what is new", "left out")  # the others are numbers
+TEXT_COLUMNS = ("run", "what is new", "left out")  # the others hold numbers
 DROPPED_FIRST = (
     *("what is new", "characters a second", "bits per character", "train loss", "parameters"),
     *("seconds to train", "relative time", "after equal steps"),
@@ -147,13 +148,13 @@ DROPPED_FIRST = (
 
 
 def table(lines: list[Line], entropy: float | None = None) -> Table:
-    """`entropy` is that of the text, where it is known."""
+    """`entropy` is that of the text, if it is known."""
     columns: dict[str, Callable[[Line], object]] = {
-        "run": lambda line: line.rung.command,
-        "what is new": lambda line: line.rung.new,
+        "run": lambda line: line.row.command,
+        "what is new": lambda line: line.row.new,
         "parameters": lambda line: f"{line.parameters:,}",
         "validation loss": lambda line: line.loss,
-        "gain": lambda line: line.gain or "",
+        "improvement": lambda line: line.improvement or "",
         "train loss": lambda line: f"{line.train_loss:.3f}",
         "bits per character": lambda line: f"{line.loss.value / math.log(2):.3f}",
         "seconds to train": lambda line: f"{line.seconds:,.1f}",
@@ -164,36 +165,34 @@ def table(lines: list[Line], entropy: float | None = None) -> Table:
     return [list(columns)] + [[str(column(line)) for column in columns.values()] for line in lines]
 
 
-def conditions(groups: dict[Rung, list[TrainedRun]]) -> str:
+def conditions(groups: dict[Row, list[TrainedRun]]) -> str:
     """How the runs were made, and which of them lack a seed."""
     runs = [run for runs in groups.values() for run in runs]
-    seeds = {rung.name: ", ".join(str(run.seed) for run in runs) for rung, runs in groups.items()}
+    seeds = {row.name: ", ".join(str(run.seed) for run in runs) for row, runs in groups.items()}
     most = max(seeds.values(), key=list(seeds.values()).count)
     others = "".join(f"; {name}: {has}" for name, has in seeds.items() if has != most)
     word = "seeds" if "," in most else "seed"
-    pytorch, formats = (
-        ", ".join(sorted({getattr(run, name) for run in runs}))
-        for name in ("torch", "number_format")
-    )
+    pytorch = ", ".join(sorted({run.torch for run in runs}))
+    dtypes = ", ".join(sorted({run.dtype for run in runs}))
     return (
-        f"Trained on {runs[0].corpus} by PyTorch {pytorch} on {runs[0].device}, in {formats}; "
+        f"Trained on {runs[0].corpus} with PyTorch {pytorch} on {runs[0].device}, in {dtypes}; "
         f"{word} {most}{others}."
     )
 
 
-def notes(lines: list[Line], groups: dict[Rung, list[TrainedRun]]) -> list[str]:
+def notes(lines: list[Line], groups: dict[Row, list[TrainedRun]]) -> list[str]:
     """What a reader must know of the table, a sentence or two at a time."""
     many = any(line.loss.uncertainty for line in lines)
-    jumps = [f"; that of {line.rung.name} over {line.before.name}" for line in lines if line.leaps]
+    skips = [f"; {each.row.name} over {each.before.name}" for each in lines if each.skips]
     return [
         conditions(groups),
-        "Validation loss: nats per character over the whole validation text, at a run's best "
+        "Validation loss: nats per character over the whole validation split, at a run's best "
         f"evaluation{'; mean ± standard deviation over the seeds' if many else ''}. Train loss: "
-        "over the batches before it.",
-        f"Gain: over the stage before, for variants too{''.join(dict.fromkeys(jumps))}"
-        f"{'; ± the standard error of the difference, as of independent runs' if many else ''}.",
-        "Seconds: evaluations included, start-up not; of what compare.py trains, each run has its "
-        "share of the cores, and on a graphics card small stages share that.",
+        "over the batches just before it.",
+        f"Improvement: over the stage before, for variants too{''.join(dict.fromkeys(skips))}"
+        f"{'; ± the standard error of the difference' if many else ''}.",
+        "Seconds: with evaluations, without start-up. Runs that compare.py trains share the cores, "
+        "and on a GPU the small stages share it.",
     ]
 
 
@@ -206,7 +205,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_text(table: Table, width: int) -> str:
-    """For a terminal: columns that do not fit are left out, the least important first."""
+    """For a terminal: drops columns that do not fit, the least important first."""
     for heading in DROPPED_FIRST:
         if heading not in table[0]:
             continue
@@ -218,7 +217,7 @@ def as_text(table: Table, width: int) -> str:
 
 
 def text_lines(table: Table) -> list[str]:
-    """All equally long; the words of a number's heading stand one below the other."""
+    """All equally long; headings of numbers have one word per line."""
     height = max(len(heading.split()) for heading in table[0])
     columns = []
     for heading, *cells in zip(*table, strict=True):
