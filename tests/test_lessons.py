@@ -1,10 +1,10 @@
-"""The scripts keep their word: importing is free, neighbours differ as told, shapes are true.
+"""The scripts keep their promises: imports are free, diffs are small, shape comments are true.
 
-Nothing is trained here. The scripts are read as texts and, for the shapes, run on one batch.
+Nothing is trained here. The scripts are read as text and, for the shapes, run on one batch.
 """
 
 import ast
-import importlib
+import difflib
 import io
 import itertools
 import os
@@ -12,34 +12,32 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from unittest import mock
 
 import pytest
 import torch
+from conftest import ROOT, STAGES
 from torch import Tensor
 
-from common import Tokenizer
-
-ROOT = Path(__file__).parent.parent
-STAGES = [
-    "bigram",
-    "self_attention",
-    "multihead_attention",
-    "feed_forward",
-    "residual",
-    "layer_norm",
-    "gpt",
-    "modern_gpt",
-]
+COMMANDS = ("prepare", "sample", "compare", "export")
 every_stage = pytest.mark.parametrize("stage", STAGES)
-neighbours = pytest.mark.parametrize("before, after", list(itertools.pairwise(STAGES)))
 
 
-def read(name: str) -> str:
-    return (ROOT / f"{name}.py").read_text(encoding="utf-8")
+def read(path: Path | str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def tracked(pattern: str) -> list[str]:
+    """The project's own files, without those that a reader has added."""
+    try:
+        command = ["git", "-C", ROOT, "ls-files", pattern]
+        names = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        names = []
+    return [name for name in names if (ROOT / name).exists()] or pytest.skip("this is no checkout")
 
 
 # Importing is free.
@@ -58,168 +56,137 @@ sys.addaudithook(watch)
 before = torch.get_rng_state()
 for stage in sys.argv[1:]:
     __import__(stage)
-assert torch.equal(torch.get_rng_state(), before), "a weight or a batch was drawn"
+assert torch.equal(torch.get_rng_state(), before), "a weight or a batch was sampled"
+"""
+RUN_UNTIL_TORCH = """
+import os, sys
+
+def watch(event, arguments):
+    if event == "import" and arguments[0] == "torch":
+        seen = {each: os.environ[each] for each in os.environ if "OMP_" in each}
+        os.write(1, ascii(seen).encode())
+        os._exit(0)
+
+sys.addaudithook(watch)
+exec(sys.argv[1])
 """
 
 
-def test_importing_the_scripts_does_nothing_else(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", IMPORT_AND_WATCH, *STAGES]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+def python(code: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+    """What a fresh Python prints that has the scripts on its path."""
+    inherited = {each: os.environ[each] for each in os.environ if "OMP_" not in each}
+    ours = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    options = {"cwd": cwd, "env": inherited | ours, "timeout": 120, "text": True}
+    result = subprocess.run(command, capture_output=True, **options)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    return result.stdout
+
+
+def test_importing_the_scripts_does_nothing_else(tmp_path: Path) -> None:
+    assert python(IMPORT_AND_WATCH, *STAGES, cwd=tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
 
 
+def assert_threads_spin_briefly(code: str, cwd: Path = ROOT) -> None:
+    seen = ast.literal_eval(python(RUN_UNTIL_TORCH, code, cwd=cwd))
+    assert seen.keys() == {"GOMP_SPINCOUNT"}
+    assert 0 < int(seen["GOMP_SPINCOUNT"]) < 100_000
+
+
+@pytest.mark.parametrize("script", [*STAGES, *COMMANDS])
+def test_threads_spin_briefly_because_trainer_is_imported_before_torch(script: str) -> None:
+    assert_threads_spin_briefly(f"import {script}")
+
+
+@pytest.mark.parametrize("own", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "passive"}], ids=str)
+def test_the_users_own_choice_of_spinning_is_left_alone(own: dict[str, str]) -> None:
+    assert ast.literal_eval(python(RUN_UNTIL_TORCH, "import gpt", **own)) == own
+
+
 @every_stage
-def test_a_stage_stands_alone(stage):
+def test_a_stage_imports_no_other_stage(stage: str) -> None:
     imported = set()
-    for node in ast.walk(ast.parse(read(stage))):
+    for node in ast.walk(ast.parse(read(f"{stage}.py"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
     roots = {name.partition(".")[0] for name in imported}
-    assert roots - sys.stdlib_module_names == {"torch", "common", "training"}
+    assert roots - sys.stdlib_module_names == {"torch", "common", "trainer"}
 
 
-# The settings.
+# The diff is the lesson, and the code stays small.
 
-# What a stage adds to the settings of the one before; gpt has sizes of its own.
-CLASSIC = {
-    "bigram": {
-        "vocab_size": 65,
-        "block_size": 8,
-        "batch_size": 32,
-        "max_iters": 5000,
-        "eval_interval": 500,
-        "learning_rate": 1e-2,
-    },
-    "self_attention": {"n_embd": 32, "learning_rate": 1e-3},
-    "multihead_attention": {"n_head": 4},
-    "feed_forward": {},
-    "residual": {"n_layer": 3},
-    "layer_norm": {},
+BUDGETS = {  # code lines added and removed, at most
+    "self_attention": (40, 8),
+    "multihead_attention": (22, 4),
+    "batched_attention": (32, 44),
+    "feed_forward": (18, 6),
+    "residual": (24, 6),
+    "layer_norm": (18, 10),
+    "gpt": (115, 45),
+    "modern_gpt": (170, 80),
 }
 
 
-def test_the_small_stages_share_the_classic_setting():
-    expected = {}
-    for stage, added in CLASSIC.items():
-        expected |= added
-        config = asdict(importlib.import_module(stage).Config())
-        numbers = {name: value for name, value in config.items() if type(value) in (int, float)}
-        assert numbers == expected, stage
+def code_lines(source: str) -> list[str]:
+    """All lines that are neither blank nor part of a docstring."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return [line for number, line in lines if line.strip() and number not in docstrings]
 
 
-@every_stage
-def test_every_setting_says_what_it_is(stage):
-    text = members(read(stage))
-    for field in fields(importlib.import_module(stage).Config):
-        assert re.search(r"  # \w.*\w", text[f"Config.{field.name}"]), field.name
+@pytest.mark.parametrize("before, after", list(itertools.pairwise(STAGES)))
+def test_the_diff_is_the_lesson(before: str, after: str) -> None:
+    sources = [code_lines(read(f"{stage}.py")) for stage in (before, after)]
+    diff = list(difflib.unified_diff(*sources, before, after, n=0, lineterm=""))
+    changes = [line[0] for line in diff[2:]]
+    added, removed = changes.count("+"), changes.count("-")
+    most_added, most_removed = BUDGETS[after]
+    assert added <= most_added and removed <= most_removed, "\n".join(
+        [f"+{added}/-{removed}, allowed are +{most_added}/-{most_removed}", *diff]
+    )
 
 
-# The difference between neighbours is what the later one says it is.
+SIZE_LIMITS = {"gpt.py": 220, "modern_gpt.py": 320, "common.py": 100}
+SIZE_LIMITS |= {"trainer/*.py": 1300, "tests/*.py": 4500}
 
 
-def members(source: str) -> dict[str, str]:
-    """The parts of a script by name: functions, constants, and each class piece by piece.
-
-    A class itself has its first lines and its docstring. Comments belong to what follows them.
-    """
-    lines = source.splitlines()
-    result = {}
-    tree = ast.parse(source)
-    end = 0  # the last line that is dealt with
-
-    def add(name: str, last: int) -> None:
-        nonlocal end
-        assert name not in result, f"{name} is defined twice"
-        result[name] = "\n".join(lines[end:last]).strip("\n")
-        end = last
-
-    for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom) or is_docstring(node):
-            end = node.end_lineno
-        elif isinstance(node, ast.ClassDef):
-            first, *rest = node.body
-            if is_docstring(first):
-                add(node.name, first.end_lineno)
-            else:
-                add(node.name, first_line(first) - 1)
-                rest = node.body
-            for part in rest:
-                add(f"{node.name}.{name_of(part)}", part.end_lineno)
-        else:
-            add(name_of(node), node.end_lineno)
-    return result
+@pytest.mark.parametrize("pattern, most", SIZE_LIMITS.items())
+def test_files_stay_short(pattern: str, most: int) -> None:
+    names = [name for name in tracked(pattern) if "mistakes" not in name]
+    counts = {name: len(read(name).splitlines()) for name in names}
+    assert sum(counts.values()) <= most, counts
 
 
-def is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+def test_functions_and_classes_stay_small() -> None:
+    for path in (ROOT / "trainer").glob("*.py"):
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 40, f"{path.name}: {node.name} has {length} lines"
+            elif isinstance(node, ast.ClassDef):
+                methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+                assert len(methods) <= 15, f"{path.name}: {node.name} has {len(methods)} methods"
 
 
-def first_line(node: ast.stmt) -> int:
-    return min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
-
-
-def name_of(node: ast.stmt) -> str:
-    if isinstance(node, ast.FunctionDef):
-        return node.name
-    if isinstance(node, ast.Assign):
-        return ast.unparse(node.targets[0])
-    if isinstance(node, ast.AnnAssign):
-        return ast.unparse(node.target)
-    return ast.unparse(node).splitlines()[0]  # as `if __name__ == '__main__':`
-
-
-def real_differences(before: dict[str, str], after: dict[str, str]) -> dict[str, set[str]]:
-    def only_in(one: dict[str, str], other: dict[str, str]) -> set[str]:
-        """A class that the other lacks altogether counts as a whole."""
-        return {
-            name
-            for name in one.keys() - other.keys()
-            if "." not in name or name.partition(".")[0] in other
-        }
-
-    return {
-        "new": only_in(after, before),
-        "changed": {name for name in before.keys() & after.keys() if before[name] != after[name]},
-        "gone": only_in(before, after),
-    }
-
-
-def told_differences(docstring: str, before: str) -> dict[str, set[str]]:
-    """The names after `new:`, `changed:` and `gone:`; what stands in parentheses is a remark."""
-    _, heading, block = docstring.partition(f"\nSince {before}.py\n")
-    assert heading, f"the docstring does not say what is new since {before}.py"
-    block = re.sub(r"\([^()]*\)", "", block.partition("\n\n")[0])
-    told = {"new": set(), "changed": set(), "gone": set()}
-    for kind, names in re.findall(r"(\w+):([^:]*)(?=\s\w+:|$)", block):
-        told[kind] = {name.strip() for name in names.split(",")}
-    return told
-
-
-@neighbours
-def test_neighbours_differ_in_what_the_later_one_says(before, after):
-    docstring = ast.get_docstring(ast.parse(read(after)))
-    real = real_differences(members(read(before)), members(read(after)))
-    assert told_differences(docstring, before) == real
-
-
-@neighbours
-def test_neighbours_keep_their_order(before, after):
-    names, later_names = list(members(read(before))), list(members(read(after)))
-    assert [name for name in names if name in later_names] == [
-        name for name in later_names if name in names
-    ]
+def test_the_scripts_are_those_of_the_course() -> None:
+    top = {name for name in tracked("*.py") if "/" not in name}
+    assert top == {f"{name}.py" for name in (*STAGES, "common", *COMMANDS)}
 
 
 # Shapes are true: every shape comment is compared with the tensor while the code runs.
 
-# All differ, also from 3 and 4, which stand in the comments as numbers, and from T + 1.
+# All differ, also from 3 and 4, which are in the comments as numbers, and from T + 1.
 SIZES = {"B": 5, "T": 8, "C": 84, "H": 6, "D": 14, "V": 11}
-CACHED = 4  # so many characters are in a cache: attention sees S = T + CACHED of them
-BLOCK_SIZE = 13  # what T means where no text has come in yet, in `__init__`
+CACHED = 4  # this many characters are in a cache: attention sees S = T + CACHED of them
+BLOCK_SIZE = 13  # what T means where there is no text yet, in `__init__`
 SHAPE_COMMENT = re.compile(r"# \(([^()a-z]+)\)(?: (each|both)\b)?")
 
 
@@ -233,17 +200,17 @@ def shape_comments(source: str) -> dict[int, re.Match]:
 
 
 class ShapeWatch(ast.NodeTransformer):
-    """Runs a script and looks at the values that its assignments and `return`s have.
+    """Runs a script and looks at the values of its assignments, `return`s and loop variables.
 
     Where the line ends with a shape comment, the value must have that shape. In a `forward` a
     shape that no local tensor has yet must have such a comment.
     """
 
-    def __init__(self, source: str, sizes: dict[str, int]) -> None:
-        self.sizes = sizes
+    def __init__(self, source: str) -> None:
         self.comments = shape_comments(source)
         self.checked = set()
         self.complaints = set()
+        self.sizes = SIZES
         self.cached = 0
         self.function = ""  # the one that is being visited
         tree = ast.fix_missing_locations(self.visit(ast.parse(source)))
@@ -256,8 +223,16 @@ class ShapeWatch(ast.NodeTransformer):
         self.function = outer
         return node
 
+    def visit_For(self, node: ast.For) -> ast.stmt:
+        """The loop variables are looked at first in each round."""
+        self.generic_visit(node)
+        if node.lineno in self.comments:
+            look = f"look_at({ast.unparse(node.target)}, {node.lineno}, '', locals())"
+            node.body.insert(0, ast.parse(look).body[0])
+        return node
+
     def visit_value(self, node: ast.Assign | ast.AnnAssign | ast.Return) -> ast.stmt:
-        """Make `x = value` into `x = look_at(value, ...)`, and `a, b = value` the same apart."""
+        """Make `x = value` into `x = look_at(value, ...)`, and `a, b = value` likewise."""
         line = node.end_lineno
         if node.value and (line in self.comments or self.function == "forward"):
             unpacked = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
@@ -283,12 +258,12 @@ class ShapeWatch(ast.NodeTransformer):
             known = [tuple(each.shape) for each in variables.values() if isinstance(each, Tensor)]
             for shape in shapes:
                 if shape and shape not in known:  # a loss has the shape ()
-                    self.complain(line, f"{shape} is new and goes without a comment")
+                    self.complain(line, f"{shape} is new and has no comment")
         return value
 
     def compare(self, comment: re.Match, shapes: list, line: int, sizes: dict[str, int]) -> None:
-        told, how_many = comment.groups()
-        expected = eval(f"({told},)", {}, sizes)
+        said, how_many = comment.groups()
+        expected = eval(f"({said},)", {}, sizes)
         enough = {"both": len(shapes) == 2, "each": len(shapes) > 2, None: len(shapes) == 1}
         if set(shapes) != {expected} or not enough[how_many]:
             self.complain(line, f"{comment[0]} would be {expected}, not {shapes}")
@@ -297,134 +272,90 @@ class ShapeWatch(ast.NodeTransformer):
         self.complaints.add(f"line {line}: {message}")
 
 
-def wrong_shapes(source: str, use: Callable[[dict], object], sizes: dict[str, int]) -> list[str]:
+def wrong_shapes(source: str, use: Callable[[ShapeWatch], object]) -> list[str]:
     """What is wrong with the shapes of a script, once `use` has called everything in it."""
-    watch = ShapeWatch(source, sizes)
-    use(watch.script)
-    if hasattr(watch.script.get("Model"), "new_caches"):
-        watch.cached = CACHED
-        use_caches(watch.script)
+    watch = ShapeWatch(source)
+    use(watch)
     for line in watch.comments.keys() - watch.checked:
         watch.complain(line, "no value was compared with this comment")
     return sorted(watch.complaints)
 
 
-def use_stage(script: dict) -> None:
-    """Run the model in every variant that its config offers, in training and after."""
-    B, T = SIZES["B"], SIZES["T"]
-    idx = torch.randint(SIZES["V"], (B, T))
+def use_stage(watch: ShapeWatch) -> None:
+    """Run the model in many variants, in training and after, with and without a cache; and main."""
+    script, B = watch.script, SIZES["B"]
+    if "MultiHeadAttention" not in script:  # a single head has all channels
+        watch.sizes = SIZES | {"D": SIZES["C"]}
+    idx = torch.randint(SIZES["V"], (B, SIZES["T"]))
     for config in variants(script["Config"]):
         model = script["Model"](config)
         for training in (True, False):
             model.train(training)
             model(idx)
             model(idx, targets=idx)
+        if cache := model.new_cache():
+            watch.cached = CACHED
+            for each in cache:
+                each.extend(*torch.zeros(2, B, SIZES["H"], CACHED, SIZES["D"]))
+            model(idx, cache=cache)
+            watch.cached = 0
+    run = mock.MagicMock(config=config, device="cpu", step=0)
+    run.batches.return_value = [(idx, idx)]
+    run.micro_batches.side_effect = lambda batch: [(*batch, 1.0)]
+    script["Run"] = mock.Mock(return_value=run)
+    script["main"]()
 
 
-def use_caches(script: dict) -> None:
-    """Let the model go on from a few characters that it has seen."""
-    for config in variants(script["Config"]):
-        model = script["Model"](config).eval()
-        caches = model.new_caches()
-        for cache in caches:
-            D = SIZES["C"] // SIZES["H"]
-            cache.extend(torch.zeros(2, SIZES["B"], SIZES["H"], CACHED, D))
-        model(torch.zeros(SIZES["B"], SIZES["T"], dtype=torch.long), caches=caches)
-
-
-def variants(config_class: type) -> Iterator[object]:
+def variants(config_class: type) -> list[object]:
+    """The config with small sizes, with each of its switches changed, and with all of them off."""
     sizes = {"vocab_size": SIZES["V"], "block_size": BLOCK_SIZE}
     sizes |= {"n_embd": SIZES["C"], "n_head": SIZES["H"], "n_layer": 2}
-    options = {}
-    for field in fields(config_class):
-        if field.name in sizes:
-            options[field.name] = (sizes[field.name],)
-        elif field.type in (bool, bool | None):
-            options[field.name] = (True, False)
-        elif get_origin(field.type) is tuple:
-            options[field.name] = ((), get_args(get_args(field.type)[0]))
-        elif get_origin(field.type) is Literal:
-            options[field.name] = get_args(field.type)
-    for choice in itertools.product(*options.values()):
-        yield config_class(**dict(zip(options, choice, strict=True)))
+    names = [field.name for field in fields(config_class)]
+    sizes = {name: sizes[name] for name in names if name in sizes}
+    switches = [field.name for field in fields(config_class) if field.type is bool]
+    changes = [{}, dict.fromkeys(switches, False), *({name: False} for name in switches)]
+    changes += [{"norm": "post"}] if "norm" in names else []
+    return [config_class(**sizes, **change) for change in changes]
 
 
-def use_common(script: dict) -> None:
-    script["draw_batch"](torch.arange(100), SIZES["T"], SIZES["B"], torch.Generator())
+def use_common(watch: ShapeWatch) -> None:
+    class Table(watch.script["LanguageModel"]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block_size, self.table = BLOCK_SIZE, torch.nn.Embedding(SIZES["V"], SIZES["V"])
+
+        def forward(self, idx: Tensor) -> tuple[Tensor, None]:
+            return self.table(idx), None
+
+    random = torch.Generator()
+    watch.script["draw_batch"](torch.arange(100), SIZES["T"], SIZES["B"], random)
+    next(Table().generate(list(range(SIZES["T"])), 1.0, None, random))
 
 
-def use_sample(script: dict) -> None:
-    bigram = importlib.import_module("bigram")
-    vocabulary = "abcdefghijk"
-    model = bigram.Model(bigram.Config(vocab_size=len(vocabulary), block_size=BLOCK_SIZE))
-    prompt = vocabulary[: SIZES["T"]]
-    list(script["generate"](model, Tokenizer(vocabulary), prompt, length=1))
+def use_layers(watch: ShapeWatch) -> None:
+    B, T, H, D = (SIZES[letter] for letter in "BTHD")
+    watch.cached = CACHED
+    key = torch.zeros(B, H, T + CACHED, D)
+    watch.script["attention"](key[:, :, CACHED:], key, key, torch.nn.Dropout(0.5))
 
 
-USES = dict.fromkeys(STAGES, use_stage) | {"common": use_common, "sample": use_sample}
+USES = {f"{stage}.py": use_stage for stage in STAGES}
+USES |= {"common.py": use_common, "trainer/layers.py": use_layers}
 
 
 @pytest.mark.parametrize("name", USES)
-def test_every_shape_comment_is_true(name):
-    # The only head of stage 2 has all channels for itself.
-    sizes = SIZES | ({"D": SIZES["C"]} if name == "self_attention" else {})
+def test_every_shape_comment_is_true(name: str) -> None:
     source = read(name)
     assert shape_comments(source)
-    assert wrong_shapes(source, USES[name], sizes) == []
+    assert wrong_shapes(source, USES[name]) == []
 
 
-def test_shapes_are_told_in_the_same_letters_everywhere():
-    for path in ROOT.glob("*.py"):
-        source = path.read_text(encoding="utf-8")
-        told = {letter for comment in shape_comments(source).values() for letter in comment[1]}
-        names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-        letters = {name for name in names | told if len(name) == 1 and name.isupper()}
-        assert letters <= SIZES.keys() | {"F", "S"}, path.name  # F is torch.nn.functional
-        assert not told or path.stem in USES, f"nobody checks the shape comments in {path.name}"
-
-
-LESSON = """
-import torch
-
-class Lesson:
-    def __init__(self):
-        self.mask = torch.ones(13, 13).tril()  # (T, T)
-
-    def forward(self, x):
-        B, T, C = x.shape
-        query, key = torch.stack((x, x))  # (B, T, C) both
-        scores = query @ key.transpose(1, 2)  # (B, T, T)
-        scores = scores + self.mask[:T, :T]
-        return scores.flatten(
-            1
-        )  # (B, T*T)
-"""
-
-
-def use_lesson(script: dict) -> None:
-    script["Lesson"]().forward(torch.ones(SIZES["B"], SIZES["T"], SIZES["C"]))
-
-
-def test_a_true_lesson_is_left_in_peace():
-    assert wrong_shapes(LESSON, use_lesson, SIZES) == []
-
-
-@pytest.mark.parametrize(
-    "right, wrong",
-    [
-        ("# (B, T, T)", "# (B, T, C)"),  # another letter
-        ("# (B, T, T)", "# (B, T)"),  # a dimension too few
-        ("# (B, T, T)", ""),  # a new shape, not told
-        ("# (B, T*T)", ""),
-        ("# (T, T)", "# (B, T)"),
-        ("# (B, T, C) both", "# (B, T, D) both"),
-        ("# (B, T, C) both", "# (B, T, C)"),  # of two values
-        ("        scores = scores +", "        # (B, T, T)\n        scores = scores +"),  # of none
-        ("return scores", "if T == 1:\n            return x  # (B, T, C)\n        return scores"),
-        ("# (B, T, C) both", "# (B, T, C) each"),
-        ("B, T, C = x.shape", "B, T, C = x.shape\n        D = C"),  # a letter with another meaning
-    ],
-)
-def test_a_wrong_shape_is_found(right, wrong):
-    assert LESSON.count(right) == 1
-    assert len(wrong_shapes(LESSON.replace(right, wrong), use_lesson, SIZES)) >= 1
+def test_shapes_have_the_same_letters_everywhere() -> None:
+    for name in tracked("*.py"):
+        if name in USES or name.partition("/")[0] not in ("tests", "notebooks", "benchmarks"):
+            source = read(name)
+            said = {letter for comment in shape_comments(source).values() for letter in comment[1]}
+            assert not said or name in USES, f"nobody checks the shape comments in {name}"
+            names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+            letters = {each for each in names | said if len(each) == 1 and each.isupper()}
+            assert letters <= SIZES.keys() | {"F", "S"}, name  # F is torch.nn.functional

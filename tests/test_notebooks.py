@@ -8,12 +8,22 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from conftest import ROOT, STAGES
+from conftest import ROOT
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from test_lessons import assert_threads_spin_briefly, read
 
-NAMES = [f"{number:02}_{stage}" for number, stage in enumerate(STAGES, start=1)]
-every_notebook = pytest.mark.parametrize("name", NAMES)
+SCRIPTS = {  # the notebooks, and what each of them builds
+    "01_bigram": ["bigram"],
+    "02_self_attention": ["self_attention"],
+    "03_multihead_attention": ["multihead_attention", "batched_attention"],
+    "04_feed_forward": ["feed_forward"],
+    "05_residual": ["residual"],
+    "06_layer_norm": ["layer_norm"],
+    "07_gpt": ["gpt"],
+    "08_modern_gpt": ["modern_gpt"],
+}
+every_notebook = pytest.mark.parametrize("name", SCRIPTS)
 
 
 def source(name: str) -> NotebookNode:
@@ -37,38 +47,38 @@ def test_the_notebook_is_made_from_its_source(name: str) -> None:
     assert made == text
 
 
-def definitions(code: str) -> dict[str, str]:
-    """Classes, functions and constants by name, without comments and line breaks."""
-    result = {}
-    for node in ast.parse(code).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            result[node.name] = ast.dump(node)
-        elif isinstance(node, ast.Assign):
-            result[ast.unparse(node.targets[0])] = ast.dump(node)
-    return result
+def definitions(code: str) -> set[tuple[str, str]]:
+    """All classes, functions and constants, without comments and line breaks."""
+    nodes = ast.parse(code).body
+    found = {(n.name, ast.dump(n)) for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    constants = [node for node in nodes if isinstance(node, ast.Assign)]
+    return found | {(ast.unparse(node.targets[0]), ast.dump(node)) for node in constants}
 
 
-@pytest.mark.parametrize("name, stage", list(zip(NAMES, STAGES, strict=True)))
-def test_the_notebook_mirrors_its_script(name: str, stage: str) -> None:
-    script = definitions((ROOT / f"{stage}.py").read_text(encoding="utf-8"))
-    code = definitions(code_of(source(name)))
-    assert script
-    different = [each for each, dump in script.items() if code.get(each) != dump]
-    assert not different, f"{stage}.py and its notebook differ in {', '.join(different)}"
+@pytest.mark.parametrize("name, script", [(n, each) for n in SCRIPTS for each in SCRIPTS[n]])
+def test_the_notebook_mirrors_its_script(name: str, script: str) -> None:
+    wanted = definitions(read(f"{script}.py"))
+    assert wanted
+    different = wanted - definitions(code_of(source(name)))
+    assert not different, f"{name} lacks {script}.py's {', '.join(sorted(dict(different)))}"
+
+
+@every_notebook
+def test_trainer_is_imported_before_torch(name: str) -> None:
+    assert_threads_spin_briefly(code_of(source(name)), cwd=ROOT / "notebooks")
 
 
 @every_notebook
 def test_no_cell_is_longer_than_a_screen(name: str) -> None:
-    script = (ROOT / f"{name[3:]}.py").read_text(encoding="utf-8")
+    script = "".join(read(f"{each}.py") for each in SCRIPTS[name])
     for cell in source(name).cells:
         own = [line for line in cell.source.splitlines() if line not in script]
         assert len(cell.source.splitlines()) <= 60 and len(own) <= 40, cell.source
 
 
 @every_notebook
-def test_the_saved_outputs_are_whole_and_clean(name: str) -> None:
-    notebook = saved(name)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+def test_the_saved_outputs_are_complete_and_clean(name: str) -> None:
+    cells = [cell for cell in saved(name).cells if cell.cell_type == "code"]
     counts = [cell.execution_count for cell in cells]
     assert counts == list(range(1, len(cells) + 1))  # run once, from top to bottom
     pictures = 0
@@ -76,13 +86,11 @@ def test_the_saved_outputs_are_whole_and_clean(name: str) -> None:
         assert output.output_type != "error"
         assert output.get("name") != "stderr", output.text
         shown = str(output.get("text", "")) + str(dict(output.get("data", {}), **{"image/png": ""}))
-        assert not re.search(
-            r"/(home|root|tmp|work|Users|usr|opt)/|[A-Z]:\\\\|site-packages", shown
-        )
+        private = r"/(home|root|tmp|work|Users|usr|opt)/|[A-Z]:\\\\|site-packages"
+        assert not re.search(private, shown)
         pictures += "image/png" in output.get("data", {})
     assert pictures >= 3
-    path = ROOT / "notebooks" / f"{name}.ipynb"
-    assert path.stat().st_size < 1_500_000
+    assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < 1_500_000
 
 
 def solutions(notebook: NotebookNode) -> list[str]:
@@ -92,7 +100,7 @@ def solutions(notebook: NotebookNode) -> list[str]:
 
 
 def mistakes(name: str) -> list[str]:
-    text = (ROOT / "tests" / "mistakes" / f"{name}.py").read_text(encoding="utf-8")
+    text = read(f"tests/mistakes/{name}.py")
     numbers_and_cells = re.split(r"^# %% (\d+)\n", text, flags=re.MULTILINE)[1:]
     assert numbers_and_cells[::2] == [str(i + 1) for i in range(len(numbers_and_cells) // 2)]
     return numbers_and_cells[1::2]
@@ -116,6 +124,7 @@ def with_answers(name: str) -> Iterator[NotebookNode]:
                 yield again
 
 
+@pytest.mark.slow
 @every_notebook
 def test_it_runs_from_a_clean_kernel_and_its_exercises_check(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -127,10 +136,8 @@ def test_it_runs_from_a_clean_kernel_and_its_exercises_check(
     assert 3 <= count <= 5
     assert count == len(tagged(notebook, "check")) == len(solutions(notebook))
     notebook.cells = list(with_answers(name))
-    client = NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(ROOT / "notebooks")}}
-    )
-    client.execute()  # raises where a cell does
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+    NotebookClient(notebook, timeout=120, resources=resources).execute()  # raises where a cell does
     for tag, expected in (
         ("check", r"Nothing there yet: "),
         ("mistake", r"Not yet: (?!your code stopped)"),
@@ -142,15 +149,12 @@ def test_it_runs_from_a_clean_kernel_and_its_exercises_check(
             assert re.match(expected, each), f"exercise {i + 1}, {tag}: {each!r}"
 
 
-def test_the_notebooks_open_in_colab() -> None:
-    for name in NAMES:
-        text = (ROOT / "notebooks" / f"{name}.py").read_text(encoding="utf-8")
+def test_the_notebooks_open_in_colab_and_leave_nothing_behind() -> None:
+    for name in SCRIPTS:
+        text = read(f"notebooks/{name}.py")
         assert f"/blob/main/notebooks/{name}.ipynb)" in text
         (address,) = set(re.findall(r'"clone", "-q", "(https://github.com/[\w./-]+)"', text))
         assert f"research.google.com/github/{address.removeprefix('https://github.com/')}/" in text
-
-
-def test_a_notebook_leaves_nothing_behind() -> None:
-    left = {path.name for path in Path(ROOT, "notebooks").iterdir()} - {"__pycache__"}
-    left -= {f"{name}{ending}" for name in NAMES for ending in (".py", ".ipynb")}
-    assert left - {"lesson.py", ".ipynb_checkpoints"} == set()
+    left = {path.name for path in Path(ROOT, "notebooks").iterdir()} - {"__pycache__", "lesson.py"}
+    left -= {f"{name}{ending}" for name in SCRIPTS for ending in (".py", ".ipynb")}
+    assert left <= {".ipynb_checkpoints"}

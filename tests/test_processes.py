@@ -1,10 +1,9 @@
-"""Several processes, as torchrun starts them: the losses of one, and no quiet end for any."""
+"""Several processes, started by torchrun: the losses of one, and nobody is left waiting."""
 
-import csv
 import json
 import os
 import random
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -12,91 +11,85 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import trainer.machine
+import trainer.run
+from trainer import UserError
+from trainer.distributed import World
+from trainer.folder import RUN_FILES
+from trainer.machine import available_device
+
 import pytest
 import torch
-from conftest import ROOT, SMALL, SMALL_MODEL
+from conftest import ROOT, SMALL, SMALL_MODEL, TIME_LIMIT, finish
+from test_bad_input import refusal
+from test_runs import assert_same_run, table, wait_for_rows
 
-import processes
-from common import UserError
-from run_folder import RUN_FILES
-
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32", reason="PyTorch for Windows lacks what torchrun meets through"
-)
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="PyTorch for Windows lacks gloo")
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="only /proc tells which process is which"
 )
 
-# Without dropout, for each process draws its own, and in the numbers that hide no small mistake.
+# Without dropout, which depends on the rank, and in the dtype that hides no small mistake.
 EXACT = [*SMALL, *SMALL_MODEL["gpt"], *"--dropout 0 --precision float32 --device cpu".split()]
-# Learning slowly: what rounding does to a sum must not grow, step by step, to another run.
-LONG = "--max-iters 300 --eval-interval 10 --learning-rate 3e-4".split()
-TIME_LIMIT = 90  # seconds; a start takes three Pythons that import PyTorch
+RANDOM = "--dropout 0.2 --max-iters 200 --eval-interval 10 --data text.txt".split()
+RANDOM = [*EXACT, *RANDOM]
 
 
-@pytest.fixture
-def torchrun(tmp_path: Path, text: Path) -> Iterator[Callable]:
-    """Start a script in two processes; whatever still runs after the test is ended."""
-    started = []
+def processes(function: Callable) -> Callable:
+    """Mark a test that starts torchrun."""
+    return pytest.mark.torchrun(pytest.mark.slow(function))
 
-    def call(*flags: object, script: str | Path = "gpt") -> subprocess.Popen:
+
+class Torchrun:
+    """Starts scripts in two processes, in a folder; at the end, whatever still runs is ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.started = folder, []
+
+    def __call__(self, *flags: object, script: str | Path = ROOT / "gpt.py") -> subprocess.Popen:
         words = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-        arguments = [str(flag) for flag in flags]
-        if "--resume" not in arguments:
-            arguments += ["--data", str(text)]
         process = subprocess.Popen(
-            [sys.executable, *words, f"{ROOT / script}.py", *arguments],
-            cwd=tmp_path,
+            [sys.executable, *words, script, *map(str, flags)],
+            cwd=self.folder,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
         )
-        started.append(process)
+        self.started.append(process)
         return process
 
-    yield call
-    for process in started:
-        if process.poll() is None:
-            process.terminate()  # it ends its two, by force after 30 seconds
-            try:
-                process.communicate(timeout=45)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+    def end(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.terminate()  # it ends its two, by force after 30 seconds
+                finish(process)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes with dropout that nobody interrupts, in a folder with its text."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "text.txt").write_text("".join(f"{i}: {i * 7 % 13}!\n" for i in range(300)))
+    code, _, errors = finish(Torchrun(folder)(*RANDOM, "--out", "whole"))
+    assert code == 0, errors
+    return folder / "whole"
+
+
+@pytest.fixture
+def torchrun(whole: Path) -> Iterator[Torchrun]:
+    torchrun = Torchrun(whole.parent)
+    yield torchrun
+    torchrun.end()
 
 
 def complaints(errors: str) -> list[str]:
     """Our own lines; torchrun adds a report of its own."""
-    return [line for line in errors.splitlines() if line.startswith(("gpt.py: ", "bigram.py: "))]
-
-
-def progress(folder: Path) -> list[list[float]]:
-    """The rows of losses.csv, without their seconds."""
-    with (folder / "losses.csv").open(encoding="utf-8") as file:
-        return [[float(value) for value in row[:-1]] for row in list(csv.reader(file))[1:]]
-
-
-def assert_same_progress(folder: Path, expected: Path) -> None:
-    rows, expected_rows = progress(folder), progress(expected)
-    assert [row[0] for row in rows] == [row[0] for row in expected_rows]
-    for row, expected_row in zip(rows, expected_rows, strict=True):
-        assert row == pytest.approx(expected_row, rel=0, abs=1e-4)
-
-
-def wait_for_rows(log: Path, rows: int, process: subprocess.Popen) -> None:
-    """Until the run has evaluated that often."""
-    deadline = time.monotonic() + TIME_LIMIT
-    while time.monotonic() < deadline and process.poll() is None:
-        if log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > rows:
-            return
-        time.sleep(0.01)
-    process.terminate()
-    pytest.fail(f"{log} never had {rows} rows: {process.communicate()}")
+    return [line for line in errors.splitlines() if re.match(r"\w+\.py: ", line)]
 
 
 def process_of_rank(rank: int, folder: Path) -> int:
-    """The number of the process with that rank in the run that writes to a folder."""
+    """The id of the process with that rank in the run that writes to a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -110,184 +103,174 @@ def process_of_rank(rank: int, folder: Path) -> int:
     return number
 
 
-@pytest.mark.parametrize("portions", [1, 2])
-def test_two_processes_learn_what_one_does(
-    portions: int, torchrun: Callable, run: Callable, tmp_path: Path
-) -> None:
+@processes
+def test_two_processes_learn_what_one_does(torchrun, run, text, tmp_path):
     assert run("gpt", *EXACT, "--out", "one")[0] == 0
-    process = torchrun(*EXACT, "--grad-accumulation", portions)
-    output, errors = process.communicate(timeout=TIME_LIMIT)
-    assert process.returncode == 0, errors
+    code, output, errors = finish(torchrun(*EXACT, "--grad-accumulation", 2, "--data", text))
+    assert code == 0, errors
     assert complaints(errors) == []
 
-    # One folder, written by one of them, and no other.
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["gpt"]
-    folder = tmp_path / "runs" / "gpt"
+    # One folder, written by one of them, and no other; each line is printed once.
+    folder = torchrun.folder / "runs" / "gpt"
+    assert list(folder.parent.iterdir()) == [folder]
     assert {path.name for path in folder.iterdir()} == set(RUN_FILES)
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["processes"] == 2
-    assert_same_progress(folder, tmp_path / "one")
-    states = [
-        torch.load(path / "best.pt", weights_only=True) for path in (folder, tmp_path / "one")
-    ]
-    for name, weight in states[0]["model"].items():  # as one process names and has them
-        torch.testing.assert_close(weight, states[1]["model"][name], rtol=0, atol=1e-3)
+    for beginning in ("gpt: 2,272", "run folder", "step     0", "step    20", "best validation"):
+        assert len(re.findall(f"^{beginning}", output, re.MULTILINE)) == 1, output
+    assert output.endswith((folder / "sample.txt").read_text(encoding="utf-8") + "\n")
 
-    sample = (folder / "sample.txt").read_text(encoding="utf-8")
-    assert output.endswith(sample + "\n")
-    lines = output.removesuffix(sample + "\n").splitlines()
-    beginnings = [" ".join(line.split()[:2]) for line in lines]
-    assert beginnings == [
-        "gpt: 2,272",
-        "preset small,",
-        "run folder",
-        "step 0",
-        "step 10",
-        "step 20",
-        "best validation",
-        lines[-1].split()[0] + " ms",
-    ]
-    assert "on cpu in 2 processes" in lines[0]
+    for row, expected in zip(table(folder), table(tmp_path / "one"), strict=True):
+        assert row == pytest.approx(expected, rel=0, abs=1e-4)
+    paths = [each / "best.pt" for each in (folder, tmp_path / "one")]
+    states = [torch.load(path, weights_only=True)["parts"]["model"] for path in paths]
+    torch.testing.assert_close(*states, rtol=0, atol=1e-3)
 
 
+@processes
 @needs_proc
 @pytest.mark.parametrize("rank", [0, 1])
-def test_when_one_is_killed_the_other_says_so_and_the_run_can_go_on(
-    rank: int, torchrun: Callable, run: Callable, tmp_path: Path
-) -> None:
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = torchrun(*EXACT, *LONG, "--out", killed)
-    rows, moment = random.randint(2, 4), random.random() / 20
+def test_when_one_is_killed_the_other_says_so_and_the_run_can_be_resumed(rank, whole, torchrun):
+    killed, chance = whole.parent / f"killed {rank}", random.Random(rank)
+    process = torchrun(*RANDOM, "--out", killed)
+    rows, moment = chance.randint(2, 4), chance.random() / 20
     print(f"killed {moment:.3f} s after row {rows}")  # shown if the test fails
     wait_for_rows(killed / "losses.csv", rows, process)
     time.sleep(moment)
     os.kill(process_of_rank(rank, killed), signal.SIGKILL)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "best validation loss" not in output, "it was not killed in time"
-    assert complaints(errors) == [
-        "gpt.py: another process of this run has ended, so this one stops too; if the run "
-        "had begun, --resume goes on from its last checkpoint"
-    ]
-    assert 10 <= torch.load(killed / "checkpoint.pt", weights_only=True)["step"] < 300
-
-    assert run("gpt", *EXACT, *LONG, "--out", whole)[0] == 0
+    (line,) = complaints(errors)
+    assert line.startswith("gpt.py: another process") and "--resume" in line
+    assert 'gpt.py", line' not in errors  # no traceback but torchrun's own
+    assert 10 <= step_of(killed) < 200
     if rank == 0:
-        both = tmp_path / "runs" / "gpt"  # which is resumed without being named
-        shutil.copytree(killed, both)
-        process = torchrun("--resume", "--sample-length", 20)
-        output, errors = process.communicate(timeout=TIME_LIMIT)
-        assert process.returncode == 0, errors
-        assert output.count("goes on after step") == 1
-        assert_same_progress(both, whole)
-    assert run("gpt", "--resume", "--out", killed, "--sample-length", 20)[0] == 0
-    assert_same_progress(killed, whole)
+        code, _, errors = finish(torchrun("--resume", "--out", killed, "--sample-length", 20))
+        assert code == 0, errors
+        assert_same_run(killed, whole)
 
 
-@pytest.mark.parametrize("pressed", ["all", pytest.param("second", marks=needs_proc)])
-def test_ctrl_c_stops_all_at_the_same_step(
-    pressed: str, torchrun: Callable, run: Callable, tmp_path: Path
-) -> None:
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = torchrun(*EXACT, *LONG, "--out", stopped)
+def step_of(folder: Path) -> int:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return state["parts"]["history"]["step"]
+
+
+@processes
+@pytest.mark.parametrize("to", ["all", pytest.param("second", marks=needs_proc)])
+def test_a_signal_stops_all_at_the_same_step(to, whole, torchrun):
+    stopped = whole.parent / f"stopped {to}"
+    process = torchrun(*RANDOM, "--out", stopped)
     wait_for_rows(stopped / "losses.csv", 2, process)
-    if pressed == "all":
-        process.send_signal(signal.SIGINT)  # torchrun hands it on to both
-    else:  # what only one of them has heard, it tells the other
+    if to == "all":
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
+    else:  # what only one of them knows, it tells the other
         os.kill(process_of_rank(1, stopped), signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=60)
     assert complaints(errors) == []
-    step = torch.load(stopped / "checkpoint.pt", weights_only=True)["step"]
-    assert 10 <= step < 300
-    (line,) = [line for line in output.splitlines() if line.startswith("stopped at step")]
-    assert line.startswith(f"stopped at step {step}; to go on: ")
-
-    assert run("gpt", "--resume", "--out", stopped, "--sample-length", 20)[0] == 0
-    assert run("gpt", *EXACT, *LONG, "--out", whole)[0] == 0
-    assert_same_progress(stopped, whole)
+    assert 10 <= step_of(stopped) < 200
+    assert re.findall(r"^stopped at step (\d+)", output, re.MULTILINE) == [str(step_of(stopped))]
+    if to == "all":  # and the resumed run is the whole one, dropout included
+        code, _, errors = finish(torchrun("--resume", "--out", stopped, "--sample-length", 20))
+        assert code == 0, errors
+        assert_same_run(stopped, whole)
 
 
-ENDS = """
+# What can go wrong, and how the processes end.
+
+WORLD = """
 import atexit, os, pathlib, sys
 
 def count_threads():
     names = [task.read_text() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
-    os.write(1, f"{sum('gloo_runloop' in name for name in names)} left\\n".encode())
+    os.write(1, f"{sum('gloo' in name for name in names)} left\\n".encode())
 
 atexit.register(count_threads)  # called after what is registered later
-import torch
 sys.path.insert(0, sys.argv[1])
-import processes
+from trainer import cli
+from trainer.distributed import World
+import torch
 
-processes.meet()
-learning = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
-os.write(1, f"the sum is {processes.total(torch.ones(1)).item()}\\n".encode())
-count_threads()
+def main():
+    world = World()
+    assert world.broadcast(f"from {world.rank}") == "from 0"
+    assert world.on_main(lambda: world.rank) == 0
+    assert world.all_reduce(torch.tensor([1.0, world.rank])).tolist() == [2, 1]
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # this loads torch._dynamo
+    model.weight.grad = torch.tensor([[1.0, 2.0]]) * (1 + world.rank)
+    stop = world.average_gradients(model, [world.rank == 1, False])
+    assert stop == [True, False] and model.bias.grad is None
+    assert model.weight.grad.tolist() == [[1.5, 3.0]]
+    print("all is well", flush=True)
+    if len(sys.argv) > 2:
+        world.on_main(lambda: {}["a key that nobody expected"])
+
+cli(main)
 """
 
 
+@processes
 @needs_proc
-def test_no_thread_that_talks_outlives_python(torchrun: Callable, tmp_path: Path) -> None:
-    # Such a thread now and then wants Python back while that is ending, which aborts the process.
-    (tmp_path / "ends.py").write_text(ENDS, encoding="utf-8")
-    process = torchrun(ROOT, script=tmp_path / "ends")
-    output, errors = process.communicate(timeout=TIME_LIMIT)
-    assert process.returncode == 0, errors
-    lines = output.splitlines()
-    assert lines.count("the sum is 2.0") == 2
-    # Two of the four are PyTorch's for gradients: it never ends them, nor do they touch Python.
-    assert lines.count("4 left") == lines.count("2 left") == 2
+def test_processes_exchange_data_and_leave_no_thread_behind(torchrun, tmp_path):
+    # A thread of gloo's that outlives Python now and then aborts the process.
+    (tmp_path / "world.py").write_text(WORLD, encoding="utf-8")
+    code, output, errors = finish(torchrun(ROOT, script=tmp_path / "world.py"))
+    assert code == 0, errors
+    assert output.count("all is well") == 2
+    assert output.count("0 left") == 2
 
 
-REFUSALS = [
-    ("gpt", [*EXACT, "--batch-size", 3], "--batch-size 3 is no multiple of 2 processes"),
-    (
-        "bigram",
-        SMALL,
-        "bigram.py trains in one process: only gpt.py and modern_gpt.py share theirs",
-    ),
-]
-
-
-@pytest.mark.parametrize(("script", "flags", "complaint"), REFUSALS)
-def test_what_cannot_be_shared_out_is_refused_once(
-    script: str, flags: list, complaint: str, torchrun: Callable, tmp_path: Path
-) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    process = torchrun(*flags, script=script)
+@processes
+def test_an_unexpected_error_on_the_main_rank_ends_all(torchrun, tmp_path):
+    (tmp_path / "world.py").write_text(WORLD, encoding="utf-8")
+    process = torchrun(ROOT, "fail", script=tmp_path / "world.py")
     output, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode != 0
-    (line,) = complaints(errors)
-    assert line.startswith(f"{script}.py: {complaint}")
-    assert output == ""
-    assert sorted(tmp_path.rglob("*")) == before
+    assert output.count("all is well") == 2
+    messages = re.findall(r"^(?:\[rank\d\]: )?KeyError: .*", errors, re.MULTILINE)
+    assert len(messages) == 1, errors
+    assert complaints(errors) == []  # the other is silent
 
 
-def test_a_loss_that_explodes_is_told_once(torchrun: Callable, tmp_path: Path) -> None:
-    process = torchrun(*EXACT, "--learning-rate", 1e38, "--out", "wild")
-    output, errors = process.communicate(timeout=TIME_LIMIT)
-    assert process.returncode != 0
+@processes
+def test_a_loss_that_explodes_is_told_once(torchrun, text, tmp_path):
+    flags = [*EXACT, "--learning-rate", 1e38, "--data", text, "--out", tmp_path / "wild"]
+    code, output, errors = finish(torchrun(*flags))
+    assert code != 0
     (line,) = complaints(errors)
-    assert line.startswith("gpt.py: the loss became nan at step ")
-    assert "try a smaller --learning-rate" in line
-    assert "wild keeps step 0 in checkpoint.pt and step 0 in best.pt" in line
+    assert "nan at step" in line and "--learning-rate" in line
     assert "best validation loss" not in output
     state = torch.load(tmp_path / "wild" / "checkpoint.pt", weights_only=True)
-    assert all(weight.isfinite().all() for weight in state["model"].values())
+    assert all(weight.isfinite().all() for weight in state["parts"]["model"].values())
 
 
-# What needs graphics cards is tried without them as far as it goes.
+# What two processes would refuse, tried in one.
 
 
-def test_no_more_processes_than_graphics_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("COUNT", "COUNT_HERE"):
-        monkeypatch.setattr(processes, name, 3)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="has 2 graphics cards"):
-        processes.own_device(torch.device("cuda"))
+class Two(World):
+    """The first of two processes, without the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = self.local_size = 2
+
+    def broadcast(self, value: object) -> object:
+        return value
 
 
-def test_a_macs_graphics_card_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert processes.own_device(torch.device("mps")) == torch.device("mps")
-    monkeypatch.setattr(processes, "COUNT", 2)
-    with pytest.raises(UserError, match="in one process"):
-        processes.own_device(torch.device("mps"))
+@pytest.mark.parametrize(
+    ("script", "flags", "named"),
+    [("gpt", [*EXACT, "--batch-size", 3], "--batch-size"), ("bigram", SMALL, "torchrun")],
+)
+def test_what_cannot_be_divided_is_refused(script, flags, named, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.run, "World", Two)
+    assert named in refusal(run, tmp_path, script, *flags)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_no_more_processes_than_gpus(kind, monkeypatch):
+    monkeypatch.setattr(trainer.machine, "pick_device", lambda _="auto": torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(kind == "cuda"))
+    assert available_device("auto", World()) == torch.device(kind)
+    with pytest.raises(UserError, match="--nproc_per_node"):
+        available_device("auto", Two())
