@@ -139,7 +139,7 @@ class RoPE(nn.Module):
         positions = torch.arange(start, start + T, device=x.device)  # (T)
         angles = positions[:, None] * self.inv_freq  # (T, D/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        a, b = x.chunk(2, dim=-1)
+        a, b = x.chunk(2, dim=-1)  # (2, B, H, T, D/2) both
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -161,7 +161,8 @@ class MultiHeadAttention(nn.Module):
         x = self.qkv_proj(x)  # (B, T, 3*C)
         x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         x = x.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        query_key, value = self.qk_norm(x[:2]), x[2]
+        value = x[2]  # (B, H, T, D)
+        query_key = self.qk_norm(x[:2])  # (2, B, H, T, D)
         if self.rope:
             query_key = self.rope(query_key, cache.length if cache else 0)  # (2, B, H, T, D)
         query, key = query_key  # (B, H, T, D) both
@@ -269,17 +270,15 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     inner = [p for name, p in matrices if name.startswith("blocks.")]
     outer = [p for name, p in matrices if not name.startswith("blocks.") or not config.muon]
     groups = [{"params": outer}, {"params": vectors, "weight_decay": 0.0}]
-    decay = config.weight_decay
+    lr, weight_decay = config.learning_rate, config.weight_decay
     # betas: squared gradients are averaged over 100 steps; PyTorch's 1,000 adapt too slowly here.
-    adamw = torch.optim.AdamW(
-        groups, config.learning_rate, betas=(0.9, 0.99), weight_decay=decay, fused=True
-    )
+    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     if not config.muon:
         return [adamw]
     muon = torch.optim.Muon(
         inner,
         lr=config.muon_learning_rate,
-        weight_decay=decay,
+        weight_decay=weight_decay,
         momentum=config.muon_momentum,
         adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's, whatever a matrix's shape
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from trainer import UserError
 from sample import stage_module
 from trainer.corpus import Corpus
-from trainer.flags import typed
+from trainer.flags import flag
 from trainer.folder import COLUMNS
 from trainer.plan import preset_for
 
@@ -25,6 +25,13 @@ STAGES = (
     "gpt",
     "modern_gpt",
 )
+
+
+def typed(name: str, value: Any) -> str:
+    """A field as it would be typed."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)} {value}"
 
 
 class Row(NamedTuple):

@@ -434,11 +434,9 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [p for p in model.parameters() if p.dim() == 2]},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    lr = learning_rate_at(0, config)
+    lr, weight_decay = config.learning_rate, config.weight_decay
     # betas: squared gradients are averaged over 100 steps; PyTorch's 1,000 adapt too slowly here.
-    return torch.optim.AdamW(
-        groups, lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 # %%

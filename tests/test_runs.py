@@ -252,6 +252,7 @@ def test_two_runs_in_one_process_equal_each_run_alone(text, tmp_path, monkeypatc
     try:
         for out, own in flags.items():
             list(steps(*gpt_run(*own, "--out", f"{out} alone")))
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
         # A step of one, a step of the other, until both are done.
         both = [steps(*gpt_run(*own, "--out", out)) for out, own in flags.items()]
         list(itertools.zip_longest(*both))
@@ -260,7 +261,6 @@ def test_two_runs_in_one_process_equal_each_run_alone(text, tmp_path, monkeypatc
         torch.set_num_threads(1)
     for out in flags:
         assert_same_run(tmp_path / out, tmp_path / f"{out} alone")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_randomness_is_a_function_of_seed_step_and_rank(text, tmp_path, monkeypatch):

@@ -53,11 +53,9 @@ def open_corpus(path: Path | None) -> Corpus:
         raise UserError(f"cannot read the text {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
-    if not text:
-        raise UserError(f"the text {path} is empty")
     tokenizer = Tokenizer(text)
-    if len(tokenizer.vocabulary) == 1:
-        raise UserError(f"{path} repeats one character, {text[0]!r}: there is nothing to learn")
+    if len(tokenizer.vocabulary) < 2:
+        raise UserError(f"the text {path} needs at least two different characters")
     parts = split(torch.tensor(tokenizer.encode(text)))
     sha256 = hashlib.sha256(content).hexdigest()
     return Corpus(path.stem, str(path.resolve()), sha256, tokenizer.vocabulary, *parts)
@@ -81,6 +79,7 @@ def default_corpus() -> Path:
     if os.environ.get("RANK", "0") == "0":
         instead = "using the built-in Pocket Play instead; losses are not comparable"
         print(f"no Tiny Shakespeare ({reason}): {instead}", file=sys.stderr)
+        print(f"to get it, save {TINY_SHAKESPEARE_URL} as {path}", file=sys.stderr)
     return fallback
 
 

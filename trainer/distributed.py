@@ -22,6 +22,9 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_main = self.rank == 0  # this one prints and writes
         if self.size > 1 and not dist.is_initialized():
+            # Loaded later, this would keep the group's threads alive after its end.
+            import torch.distributed.nn.functional  # noqa: F401
+
             gpus = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
             atexit.register(dist.destroy_process_group)  # its threads must end before Python does

@@ -8,8 +8,6 @@ from trainer.distributed import World
 import torch
 from torch import Tensor
 
-EVALUATION_TOKENS = 8192  # per forward pass
-
 
 @torch.inference_mode()
 def exact_loss(
@@ -21,15 +19,15 @@ def exact_loss(
     """The mean loss over a whole text, in consecutive windows of the context length."""
     world, device = world or World(), next(model.parameters()).device
     T, was_training = model.block_size, model.training
-    whole, rows = (len(tokens) - 1) // T * T, max(1, EVALUATION_TOKENS // T)
+    whole, rows = (len(tokens) - 1) // T * T, max(1, 8192 // T)  # 8192 tokens per forward pass
     halves = tokens[:-1], tokens[1:]
     batches = list(zip(*(half[:whole].view(-1, T).split(rows) for half in halves), strict=True))
-    if whole < len(tokens) - 1:
-        batches.append(tuple(half[None, whole:] for half in halves))  # one shorter window
+    batches.append(tuple(half[None, whole:] for half in halves))  # a shorter window, or none
     total = torch.zeros(1, dtype=torch.float64)
     model.eval()
     for idx, targets in batches[world.rank :: world.size]:
-        _, loss = model(ids(idx).to(device), ids(targets).to(device))
-        total += loss.item() * idx.numel()
+        if idx.numel():
+            _, loss = model(ids(idx).to(device), ids(targets).to(device))
+            total += loss.item() * idx.numel()
     model.train(was_training)
     return world.all_reduce(total).item() / (len(tokens) - 1)

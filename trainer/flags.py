@@ -111,10 +111,3 @@ def check_divides(config: Any) -> None:
 
 def flag(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
-
-
-def typed(name: str, value: Any) -> str:
-    """A field as it would be typed."""
-    if isinstance(value, bool):
-        return flag(name) if value else flag(f"no_{name}")
-    return f"{flag(name)} {value}"

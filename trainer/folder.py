@@ -27,8 +27,7 @@ class RunFolder:
 
     def refuse_to_replace(self) -> None:
         if self.path and holds_run(self.path) and not self.overwrite:
-            choices = "--resume continues it, --overwrite replaces it, another --out keeps it"
-            raise UserError(f"{self.path} already holds a run: {choices}")
+            raise UserError(f"{self.path} has a run: add --resume or --overwrite, or change --out")
 
     def claim(self) -> Path:
         """Make the folder, or empty it of an older run."""

@@ -26,8 +26,7 @@ def attention(
 ) -> Tensor:
     """Causal attention: softmax(query @ key.T / √D + mask) @ value, with dropout on the weights.
 
-    The T queries belong to the last T of the S keys. Each sees itself and what comes before it,
-    `window` positions in all.
+    The T queries have the last T of the S positions; each sees `window` positions up to its own.
     """
     (T, D), S = query.shape[-2:], key.shape[-2]
     on_gpu, window = query.device.type != "cpu", window or S

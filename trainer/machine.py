@@ -2,8 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -65,8 +65,7 @@ class Machine:
         except Exception as error:  # compilers fail in many ways
             if not self.compiled or is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"torch.compile fails here, try --no-compile: {reason}") from error
+            raise UserError(f"torch.compile fails; try --no-compile: {str(error)[:200]}") from error
 
     def micro_batches(self, config: Any, world: World) -> int:
         """How many micro-batches to divide this process's rows of a batch into."""
@@ -87,9 +86,8 @@ class Machine:
 
     def send(self, tokens: Tensor) -> Tensor:
         """To the device; from pinned memory, while the GPU goes on computing."""
-        if self.device.type == "cuda":
-            tokens = tokens.contiguous().pin_memory()
-        return tokens.to(self.device, non_blocking=True)
+        pinned = tokens.contiguous().pin_memory() if self.device.type == "cuda" else tokens
+        return pinned.to(self.device, non_blocking=True)
 
 
 def available_device(name: str, world: World | None = None) -> torch.device:
@@ -118,13 +116,3 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def seed_for(*parts: object) -> int:
     """A seed for each purpose: what is random in a step depends on nothing but these."""
     return zlib.crc32(" ".join(map(str, parts)).encode("utf-8"))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -18,7 +18,6 @@ from trainer.sampling import SampleSettings
 
 import torch
 
-MAY_CHANGE_ON_RESUME = ("max_iters", "eval_interval")
 Presets = dict[str, Any]
 
 
@@ -52,7 +51,7 @@ class Plan:
     tokenizer: Tokenizer
     init_from: str  # the run whose weights it started from, if any
     changed_on_resume: list[str]  # flags that differ from those of its start
-    note: str  # which preset, and why
+    preset: str  # if its config is one
 
     def header(self) -> dict[str, Any]:
         """What the run's files say about it."""
@@ -78,11 +77,8 @@ def make_plan(
     device = start["device"] if settings.device == "auto" else settings.device
     device = available_device(device, world)
     preset = options.preset or preset_for(device.type) if presets and not saved else ""
-    note = f", preset {preset}" if preset else ""
-    if saved:
-        config = saved_config(config_class, saved)
-    else:
-        config = presets[preset] if presets else config_class()
+    fresh = presets[preset] if preset else config_class()
+    config = saved_config(config_class, saved) if saved else fresh
     corpus, tokenizer = open_text(settings, saved, world)
     settings.start_of_text(tokenizer)  # a bad --prompt is refused now rather than at the end
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
@@ -94,7 +90,7 @@ def make_plan(
     if settings.resume and saved["device"] == device.type:
         dtype = saved["dtype"]  # or the numbers would not go on as they were
     machine = Machine(settings, device, dtype)
-    own = (folder, machine, corpus, tokenizer, start["init_from"], changed, note)
+    own = (folder, machine, corpus, tokenizer, start["init_from"], changed, preset)
     return Plan(name, settings, config, seed, *own), saved
 
 
@@ -102,8 +98,7 @@ def parse(doc: str, config_class: type, presets: Presets, argv: list[str] | None
     parser = Parser(doc)
     parser.set_defaults(preset="")
     if presets:
-        words = "a set of these values (default: small on a CPU, full on a GPU)"
-        parser.add_argument("--preset", choices=presets, help=words)
+        parser.add_argument("--preset", choices=presets, help="default: small on a CPU, else full")
     parser.add_fields("the model and its training", config_class, presets)
     parser.add_fields("the run", RunSettings)
     parser.add_fields("the machine", MachineSettings if presets else DeviceSettings)
@@ -150,7 +145,7 @@ def changes(saved: Checkpoint, now: dict[str, Any], path: Path) -> list[str]:
     before, step = saved["config"] | {"seed": saved["seed"]}, saved["parts"]["history"]["step"]
     differ = [name for name in now if now[name] != before.get(name, now[name])]
     for name in differ:
-        if name not in MAY_CHANGE_ON_RESUME:
+        if name not in ("max_iters", "eval_interval"):
             was = f"{flag(name)} {before[name]}, not {now[name]}"
             raise UserError(f"the run in {path} was made with {was}: resume it without that flag")
     if now["max_iters"] < step:

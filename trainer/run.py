@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from trainer.evaluate import exact_loss
 from trainer.flags import flag
 from trainer.folder import write_whole
 from trainer.history import History
-from trainer.machine import seed_for, threads
+from trainer.machine import seed_for
 from trainer.plan import make_plan
 from trainer.sampling import SampleSettings, print_sample, store_by_columns
 
@@ -57,8 +58,9 @@ class Run:
         self.autocast = self.machine.autocast  # inside, matrix products are in the run's dtype
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
         self.model, self.optimizers, self.bar = None, (), tqdm(disable=True)
+        self.interrupted: list[int] = []  # the signals that asked this process to stop
         self.signals = [False, False]  # whether to stop and whether to save after this step
-        self.saved_step, self.saved_at = 0, time.perf_counter()
+        self.saved_step, self.save_due = 0, 0.0
         self.first_step, self.computing = 0, 0.0  # seconds since then, without evaluations
         self.fraction = 1.0  # how much of its batch the current micro-batch is
         self.all_threads, self.micro_batch_count = torch.get_num_threads(), 1
@@ -74,18 +76,22 @@ class Run:
         """Yield batches to train on; in between evaluate, save, and heed Ctrl-C."""
         self.model, self.optimizers = model, optimizers
         total, quiet = self.config.max_iters, None if self.world.is_main else True
-        with (
-            threads(self.machine.threads(model, self.config)),
-            interrupts() as interrupted,
-            tqdm(total=total, disable=quiet, unit="step") as self.bar,  # None: on a terminal only
-        ):
+        step_threads = self.machine.threads(model, self.config)
+        self.bar = tqdm(total=total, disable=quiet, unit="step")  # None: shown on a terminal only
+        with interrupts() as self.interrupted, self.bar:
             self.start()
             while self.step < total:
                 began = time.perf_counter()
-                self.signals = [bool(interrupted), began - self.saved_at > SECONDS_BETWEEN_SAVES]
-                yield self.batch(self.step)
+                batch = self.batch(self.step)
+                torch.set_num_threads(step_threads)
+                try:
+                    yield batch
+                finally:
+                    torch.set_num_threads(self.all_threads)
                 self.history.step += 1
                 self.bar.update()
+                if self.world.size == 1:  # otherwise the gradients brought the signals of all
+                    self.signals = self.own_signals()
                 if self.step % STEPS_BETWEEN_LOSSES == 0:
                     self.read_losses()
                 self.computing += time.perf_counter() - began
@@ -103,8 +109,8 @@ class Run:
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Divide a batch into parts that fit in memory or cache: idx, targets and their weight.
 
-        The weight is the part's fraction of the batch, times the loss scale where float16 needs
-        one. After the last part, the gradients are averaged over all processes and unscaled.
+        The weight is the part's fraction of the batch, in float16 times the loss scale. After the
+        last part, the gradients are averaged over all processes, and scaled back.
         """
         scaler = self.machine.scaler
         parts = zip(*(half.tensor_split(self.micro_batch_count) for half in batch), strict=True)
@@ -112,7 +118,7 @@ class Run:
             self.fraction = len(idx) / len(batch[0])
             yield idx, targets, scaler.scale(torch.tensor(self.fraction, device=self.device))
         self.fraction = 1.0
-        self.signals = self.world.average_gradients(self.model, self.signals)
+        self.signals = self.world.average_gradients(self.model, self.own_signals())
         if scaler.is_enabled():
             before = scaler.get_scale()
             for optimizer in self.optimizers:
@@ -120,6 +126,9 @@ class Run:
             scaler.update()
             if scaler.get_scale() < before:  # a gradient overflowed: this step is skipped,
                 self.model.zero_grad()  # since optimizers ignore weights without a gradient
+
+    def own_signals(self) -> list[bool]:
+        return [bool(self.interrupted), time.perf_counter() > self.save_due]
 
     def log(self, loss: Tensor) -> None:
         """Count the loss of a batch, or of a micro-batch, towards the next row of losses.csv."""
@@ -149,10 +158,11 @@ class Run:
         plan, parameters = self.plan, sum(each.numel() for each in self.model.parameters())
         optimizers = {f"optimizer {i}": each for i, each in enumerate(self.optimizers)}
         self.parts |= {"model": self.model, **optimizers}
-        several = f", {self.world.size} processes" if self.world.size > 1 else ""
-        where = f"{self.device.type}{several}, {self.machine.dtype_name}"
+        several = f"{self.world.size} processes" if self.world.size > 1 else ""
+        preset = plan.preset and f"preset {plan.preset}"
+        details = (self.device.type, self.machine.dtype_name, preset, several)
         length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} characters"
-        self.say(f"{plan.name}: {parameters:,} parameters, on {where}{plan.note}")
+        self.say(f"{plan.name}: {parameters:,} parameters, {', '.join(filter(None, details))}")
         self.say(f"{plan.corpus.name}: {length}, {self.config.vocab_size} different")
         if plan.settings.resume:
             restore(self.saved, self.parts)
@@ -168,8 +178,9 @@ class Run:
             self.evaluate()
             self.folder.path = self.world.on_main(self.folder.claim)
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        config = {**plan.header(), "parameters": parameters, "processes": self.world.size}
-        content = json.dumps(config | {"versions": versions}, indent=2).encode("utf-8")
+        config = {**plan.header(), "parameters": parameters, "versions": versions}
+        config |= {"processes": self.world.size, "compiled": self.machine.compiled}
+        content = json.dumps(config, indent=2).encode("utf-8")
         self.world.on_main(lambda: write_whole(self.folder.path / "config.json", content))
         self.save()
         self.say(f"run folder {self.folder.path}\n{self.history}")
@@ -203,7 +214,7 @@ class Run:
         parts = [corpus.validation]
         if not history.loss_count:  # no batch so far: as much text as there is for validation
             parts.append(corpus.train[: len(corpus.validation)])
-        with threads(self.all_threads), self.autocast(), self.machine.eager():
+        with self.autocast(), self.machine.eager():
             val_loss, *rest = (exact_loss(self.model, p, corpus.ids, self.world) for p in parts)
         train_loss = rest[0] if rest else history.loss_sum / history.loss_count
         if not math.isfinite(val_loss):
@@ -218,7 +229,7 @@ class Run:
             raise self.diverged(f"a weight became NaN or infinite by step {self.step}")
         header = self.plan.header() | {"vocabulary": self.plan.tokenizer.vocabulary}
         self.world.on_main(lambda: self.folder.save(header, self.parts, self.history))
-        self.saved_step, self.saved_at = self.step, time.perf_counter()
+        self.saved_step, self.save_due = self.step, time.perf_counter() + SECONDS_BETWEEN_SAVES
 
     def diverged(self, what: str) -> UserError:
         lower = "" if self.machine.dtype == torch.float32 else ", or --precision float32"
@@ -240,7 +251,7 @@ def resume_command(run: Run) -> str:
     for each in fields(SampleSettings):
         if (value := getattr(run.plan.settings, each.name)) != each.default:
             command += [flag(each.name), str(value)]
-    return subprocess.list2cmdline(command)
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
 @contextmanager
@@ -259,4 +270,5 @@ def interrupts() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is receive:
+                signal.signal(number, handler)
