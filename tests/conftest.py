@@ -134,6 +134,11 @@ def losses(folder: Path) -> list[str]:
     return [line.rpartition(",")[0] for line in lines]
 
 
+def table(folder: Path) -> list[list[float]]:
+    """The rows of losses.csv as numbers, without their seconds."""
+    return [[float(value) for value in row.split(",")] for row in losses(folder)[1:]]
+
+
 def same_state(first: Path, second: Path) -> bool:
     """Whether two checkpoints hold the same weights and optimizer state, bit for bit."""
     tensors = []

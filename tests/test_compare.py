@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import math
 import os
 import random
 import shutil
@@ -15,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compare import RUNS, jobs_for, lock
-from comparison.curves import AXES, THEMES, apart, draw
+from comparison.curves import AXES, THEMES, draw
 from comparison.ideas import EQUAL_STEPS, equal_seconds
-from comparison.runs import ROWS, Found, Terms, find_runs
-from comparison.table import Result, as_text, improvement, lines_of, read_results, table
-from data import pocket_play
+from comparison.runs import ROWS, Terms, find_runs
+from comparison.table import Result, improvement, lines_of, read_results
 from sample import stage_module
 from trainer.corpus import open_corpus
 
@@ -27,9 +25,6 @@ import numpy as np
 import pytest
 from conftest import COMPARE, COMPARE_STEPS, ROOT, STAGES, files, finish, losses, start
 from fake_runs import write_run
-from hypothesis import given
-from hypothesis import strategies as st
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -80,9 +75,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_every_stage_and_variant_is_trained_with_every_seed(
-    trained: Path, tmp_path: Path, run: Callable
-) -> None:
+def test_every_stage_and_variant_is_trained_with_every_seed(trained, tmp_path, run):
     assert tuple(dict.fromkeys(row.stage for row in ROWS)) == STAGES
     assert {path.name for path in (trained / OUT).iterdir() if path.is_file()} == OUTPUTS
     assert not list(trained.rglob("*.part"))
@@ -107,7 +100,7 @@ def test_every_stage_and_variant_is_trained_with_every_seed(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-def test_the_same_command_resumes(text: Path, tmp_path: Path, run: Callable) -> None:
+def test_the_same_command_resumes(text, tmp_path, run):
     flags = [*COMPARE, "--max-iters", 300, "--stages", "residual", "--seeds", 1]
     process = start("compare", *flags, cwd=tmp_path, threads=2)
     names = ("residual", "residual --no-residual")
@@ -129,7 +122,7 @@ def test_the_same_command_resumes(text: Path, tmp_path: Path, run: Callable) -> 
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_does_not_stop_the_others(terms: Terms, tmp_path: Path) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(terms, tmp_path):
     copy = tmp_path / "course"
     ignored = shutil.ignore_patterns(".*", "runs", "*.txt", "notebooks", "results")
     shutil.copytree(ROOT, copy, ignore=ignored)
@@ -156,25 +149,14 @@ def test_a_run_that_fails_does_not_stop_the_others(terms: Terms, tmp_path: Path)
     assert [row["stage"] for row in rows_of(tmp_path)] == ["multihead_attention"]
 
 
-def test_two_comparisons_do_not_train_in_the_same_place(text: Path, compare: Callable) -> None:
+def test_two_comparisons_do_not_train_in_the_same_place(text, compare):
     with lock():
         code, _, errors = compare("--stages", "bigram", "--seeds", 1)
     assert code == 2
     assert "another compare.py, or a run that it started, is training in " in errors
 
 
-def test_the_preset_is_that_of_the_device(terms: Terms) -> None:
-    for device, preset in (("cpu", "small"), ("cuda", "full"), ("mps", "full")):
-        jobs = jobs_for(Terms(terms.corpus, device, seeds=range(1, 3)), Found())
-        assert len(jobs) == 2 * len(NAMES)
-        small, large = jobs[:-4], jobs[-4:]
-        assert {job.row.preset for job in large} == {preset}
-        # CPU cores are divided among runs; a GPU has room for one large run.
-        assert {job.alone for job in large} == {device != "cpu"}
-        assert not any(job.alone or job.row.preset for job in small)
-
-
-def test_only_what_is_missing_is_trained(fake: Path, terms: Terms, found: Callable) -> None:
+def test_only_what_is_missing_is_trained(fake, terms, found):
     shutil.rmtree(folder_of(fake, "residual --no-residual", seed=2))
     variant = next(row for row in ROWS if row.flags == "--no-residual")
     write_run(fake / "runs" / "mine", terms, variant, seed=2, rows=4)  # perhaps it still runs
@@ -206,9 +188,7 @@ def test_only_what_is_missing_is_trained(fake: Path, terms: Terms, found: Callab
         ({}, "the same run as "),
     ],
 )
-def test_other_runs_are_left_out(
-    changes: dict, reason: str, found: Callable, terms: Terms, fake: Path
-) -> None:
+def test_other_runs_are_left_out(changes, reason, found, terms, fake):
     before = found().finished
     row = next(row for row in ROWS if row.stage == "layer_norm")
     write_run(fake / "runs" / "my_layer_norm", terms, row, **changes)
@@ -231,29 +211,13 @@ DAMAGED += [("config.json", content) for content in DAMAGED_CONFIGS]
 
 
 @pytest.mark.parametrize("name, content", DAMAGED)
-def test_a_damaged_run_is_left_out(name: str, content: str, found: Callable, fake: Path) -> None:
+def test_a_damaged_run_is_left_out(name, content, found, fake):
     path = folder_of(fake, "bigram") / name
     path.write_bytes(content.encode("utf-8", errors="surrogateescape"))
     after = found()
     (line,) = after.left_out
     assert line.startswith(f"{path.parent.relative_to(fake)}: its {name}")
     assert len(after.finished) == 2 * len(NAMES) - 1
-
-
-def test_what_is_left_out_or_missing_is_said_once(fake: Path, compare: Callable) -> None:
-    code, output, errors = compare("--stages", "bigram,residual", "--no-train", "--max-iters", 9)
-    assert code == 2
-    (line,) = (line for line in output.splitlines() if line.startswith("left out"))
-    assert " and 3 more: " in line
-    assert "--max-iters 20" in errors  # what to type to see them
-    for seed in (1, 2):
-        shutil.rmtree(folder_of(fake, "residual --no-residual", seed))
-    shutil.rmtree(folder_of(fake, "bigram"))
-    code, output, _ = compare("--no-train")
-    assert code == 0
-    assert "missing: residual --no-residual\n" in output
-    assert "left out" not in output
-    assert "seeds 1, 2; bigram: 2." in output
 
 
 # Bad input.
@@ -273,9 +237,7 @@ def test_what_is_left_out_or_missing_is_said_once(fake: Path, compare: Callable)
         ("--modern --no-train", "nothing to compare"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(
-    flags: str, message: str, fake: Path, compare: Callable
-) -> None:
+def test_bad_input_is_refused_before_anything_is_written(flags, message, fake, compare):
     before = files(fake)
     code, _, errors = compare(*flags.split())
     assert code == 2
@@ -286,7 +248,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 # The numbers.
 
 
-def test_the_table_is_what_the_runs_logged(fake: Path, compare: Callable) -> None:
+def test_the_table_is_what_the_runs_logged(fake, compare):
     """Computed again from the runs' own files, with NumPy."""
     code, output, _ = compare("--no-train")
     assert code == 0
@@ -331,7 +293,7 @@ def test_the_table_is_what_the_runs_logged(fake: Path, compare: Callable) -> Non
     assert (fake / OUT / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_improvement_is_over_the_stage_before_never_over_a_variant() -> None:
+def test_an_improvement_is_over_the_stage_before_never_over_a_variant():
     assert improvement([2.0, 3.0], [1.0]) == (1.5, None)  # one run shows no uncertainty
     stages = [("multihead_attention", ""), ("feed_forward", "")]
     stages += [("residual", ""), ("residual", "--no-residual")]
@@ -350,30 +312,7 @@ def test_an_improvement_is_over_the_stage_before_never_over_a_variant() -> None:
     assert skips == ["feed_forward", "modern_gpt --preset middle"]
 
 
-def test_on_pocket_play_the_table_shows_the_distance_to_the_entropy(
-    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pocket_play, "__file__", str(tmp_path / "pocket_play.py"))
-    path = tmp_path / "pocket_play.txt"
-    path.write_text(pocket_play.play(20_000), encoding="utf-8")
-    corpus = open_corpus(path)
-    write_run(tmp_path / "runs" / "bigram", Terms(corpus, "cpu"), ROWS[0], loss=2.5)
-    assert run("compare", "--data", path, "--device", "cpu", "--no-train")[0] == 0
-    markdown = (RUNS / "pocket_play" / "table.md").read_text(encoding="utf-8")
-    distance = 2.5 - pocket_play.entropy_per_character()
-    assert "| above the entropy |" in markdown and f"| {distance:.3f} |" in markdown
-
-
-@pytest.mark.parametrize("width", [70, 80, 100, 140, 200])
-def test_the_table_fits_the_terminal(width: int) -> None:
-    results = read_results(ROOT / "results" / "losses.csv")
-    lines = as_text(table(lines_of(results), entropy=0.5), width).splitlines()
-    assert max(map(len, lines)) <= width
-    assert lines[-1].startswith("modern_gpt.py --preset small") and " ± " in lines[-1]
-    assert ("parameters" in "".join(lines)) == (width >= 100)
-
-
-def test_the_results_are_of_the_models_that_are_here(terms: Terms) -> None:
+def test_the_results_are_of_the_models_that_are_here(terms):
     reference = Terms(terms.corpus, "cpu")
     reference.corpus.vocabulary = "".join(map(chr, range(65)))  # as many as Tiny Shakespeare has
     times = json.loads((ROOT / "results" / "step_times.json").read_text(encoding="utf-8"))
@@ -392,18 +331,8 @@ def test_the_results_are_of_the_models_that_are_here(terms: Terms) -> None:
 # The curves.
 
 
-@given(st.lists(st.floats(0, 1000), min_size=1, max_size=12).map(sorted))
-def test_labels_are_moved_apart_as_little_as_possible(heights: list[float]) -> None:
-    moved = apart(heights, gap=13)
-    assert all(b - a >= 13 - 1e-6 for a, b in itertools.pairwise(moved))
-    # The sum of squares is least where every block that touches has the same mean as before.
-    starts = [i for i in range(len(moved)) if i == 0 or moved[i] - moved[i - 1] > 13 + 1e-6]
-    for start_, end in itertools.pairwise([*starts, len(moved)]):
-        assert math.isclose(sum(moved[start_:end]), sum(heights[start_:end]), abs_tol=1e-6)
-
-
 @pytest.mark.parametrize("column", AXES)
-def test_every_line_ends_in_its_name_and_no_two_names_overlap(column: str, found: Callable) -> None:
+def test_every_line_ends_in_its_name_and_no_two_names_overlap(column, found):
     figure = Figure(figsize=(5.6, 4.8), layout="constrained")
     panel = figure.subplots()
     draw(panel, found().by_row(), THEMES["light"], column)
@@ -411,38 +340,3 @@ def test_every_line_ends_in_its_name_and_no_two_names_overlap(column: str, found
     assert sorted(label.get_text() for label in panel.texts) == sorted(NAMES)
     boxes = [Text.get_window_extent(label) for label in panel.texts]  # the letters alone
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-
-
-# Machado, Oliveira and Fernandes, 2009: colors as seen without one kind of cone.
-BLINDNESS = {
-    "none": np.eye(3),
-    "red": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
-    "green": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
-    "blue": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
-}
-
-
-def linear(color: str) -> np.ndarray:
-    rgb = np.array(to_rgb(color))
-    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-
-
-def lab(rgb: np.ndarray) -> np.ndarray:
-    """CIELAB, where distances are those that one sees: 2.3 is just noticeable."""
-    to_xyz = [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
-    xyz = np.array(to_xyz) @ np.clip(rgb, 0, 1) / [0.9505, 1, 1.0888]
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-
-
-@pytest.mark.parametrize("theme", THEMES.values(), ids=THEMES)
-def test_color_blind_readers_can_tell_the_stages_apart(theme) -> None:
-    colors = [linear(theme.color(stage)) for stage in STAGES]
-    for matrix in BLINDNESS.values():
-        seen = [lab(np.array(matrix) @ color) for color in colors]
-        distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
-        assert min(distances) > 10 * 2.3
-    luminance = [color @ [0.2126, 0.7152, 0.0722] for color in colors]
-    paper = linear(theme.background) @ [0.2126, 0.7152, 0.0722]
-    for one in luminance:
-        assert (max(one, paper) + 0.05) / (min(one, paper) + 0.05) >= 3  # WCAG asks for it

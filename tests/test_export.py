@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.mark.slow
-def test_the_model_is_the_same(exported: SimpleNamespace) -> None:
+def test_the_model_is_the_same(exported):
     from transformers import AutoModelForCausalLM
 
     model, ours = exported.model, exported.our_model
@@ -79,9 +78,7 @@ def test_the_model_is_the_same(exported: SimpleNamespace) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["L", "Line 7: ", "é e\u0301 😀", "\r\n"])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_the_most_likely_text_is_the_same(
-    prompt: str, use_cache: bool, exported: SimpleNamespace
-) -> None:
+def test_the_most_likely_text_is_the_same(prompt, use_cache, exported):
     length = BLOCK_SIZE - len(prompt)
     ours = "".join(generate(exported.our_model, exported.our_tokenizer, prompt, length, 0))
     tokens = exported.tokenizer([prompt, prompt], return_tensors="pt")
@@ -92,7 +89,7 @@ def test_the_most_likely_text_is_the_same(
 
 
 @pytest.mark.slow
-def test_every_character_keeps_its_id(exported: SimpleNamespace) -> None:
+def test_every_character_keeps_its_id(exported):
     tokenizer, ours = exported.tokenizer, exported.our_tokenizer
     assert tokenizer.get_vocab() == ours.ids
     assert len(tokenizer) == len(ours.vocabulary) == exported.model.config.vocab_size
@@ -116,9 +113,7 @@ def test_every_character_keeps_its_id(exported: SimpleNamespace) -> None:
             tokenizer(text)
 
 
-def test_what_it_refuses_leaves_everything_as_it_was(
-    run: Callable, small_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_it_refuses_leaves_everything_as_it_was(run, small_run, monkeypatch, tmp_path):
     pytest.importorskip("safetensors")
     for stage in ("gpt", "bigram"):
         assert small_run(stage, "--out", stage)[0] == 0

@@ -7,9 +7,8 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import gpt
 import modern_gpt
@@ -20,7 +19,7 @@ from trainer.machine import Machine, MachineSettings, fast_dtype
 
 import pytest
 import torch
-from conftest import SMALL, SMALL_MODEL, finish, losses, start
+from conftest import SMALL, SMALL_MODEL, finish, losses, start, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models import TOKENIZER, H, T, V, random_batch, randomize, sample, tiny
@@ -30,11 +29,6 @@ from torch.nn import functional as F
 CPU = torch.device("cpu")
 # Without randomness and with little rounding, runs can be compared number by number.
 PLAIN = ["--dropout", "0", "--precision", "float32", "--device", "cpu"]
-
-
-def table(folder: Path) -> list[list[float]]:
-    """The rows of losses.csv as numbers, without their seconds."""
-    return [[float(value) for value in row.split(",")] for row in losses(folder)[1:]]
 
 
 def config_of(folder: Path) -> dict:
@@ -55,7 +49,7 @@ def tolerance(p: float, count: int) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.001, 0.3, 0.999])
-def test_dropout_zeroes_its_fraction_and_keeps_the_mean(p: float, dtype: torch.dtype):
+def test_dropout_zeroes_its_fraction_and_keeps_the_mean(p, dtype):
     torch.manual_seed(1)
     x = torch.ones(3, 333, 1001, dtype=dtype)  # 999,999: not a multiple of 4
     result = Dropout(p)(x)
@@ -69,7 +63,7 @@ def test_dropout_zeroes_its_fraction_and_keeps_the_mean(p: float, dtype: torch.d
 
 
 @pytest.mark.parametrize("distance", [1, 2, 4, 1001])
-def test_dropout_is_independent_between_positions_and_calls(distance: int):
+def test_dropout_is_independent_between_positions_and_calls(distance):
     torch.manual_seed(1)
     p, x = 0.3, torch.ones(999, 1001)
     first, second = ((Dropout(p)(x) == 0).flatten().double() - p for _ in range(2))
@@ -122,7 +116,7 @@ def test_attention_equals_the_plain_lines_and_pytorchs_call(T, S, window, device
 
 
 @cpu_and_gpu
-def test_attention_drops_weights_as_pytorchs_call_does(device: str):
+def test_attention_drops_weights_as_pytorchs_call_does(device):
     """The results differ each time, but mean and standard deviation are the same."""
     torch.manual_seed(1)
     query, key, value = torch.randn(3, 1, H, T, 4, device=device).expand(3, 5000, H, T, 4)
@@ -140,7 +134,7 @@ def test_attention_drops_weights_as_pytorchs_call_does(device: str):
 
 @settings(deadline=None, max_examples=50)
 @given(st.sets(st.integers(min_value=1, max_value=2 * T - 1)), st.sampled_from([gpt, modern_gpt]))
-def test_logits_do_not_depend_on_how_a_text_is_cut(cuts: set[int], stage: ModuleType):
+def test_logits_do_not_depend_on_how_a_text_is_cut(cuts, stage):
     """Not even where the window of modern_gpt.py slides."""
     model = randomize(stage.Model(tiny(stage)), std=0.2).eval()
     idx, _ = random_batch(V, 3, 2 * T if model.slides else T)
@@ -169,9 +163,7 @@ def small_model(block_size: int) -> nn.Module:
     top_k=st.sampled_from([None, 3]),
     seed=st.integers(min_value=0, max_value=1000),
 )
-def test_the_cache_changes_no_text_and_computes_each_character_once(
-    block_size: int, prompt: str, length: int, **options: object
-):
+def test_the_cache_changes_no_text(block_size, prompt, length, **options):
     """And when the context is full, half of it again."""
     model, sizes = small_model(block_size), []
     plain = sample(model, prompt, length, cached=False, **options)
@@ -194,7 +186,7 @@ def test_the_cache_changes_no_text_and_computes_each_character_once(
 
 @pytest.mark.parametrize("rows, count", [(7, 3), (4, 4), (5, 2)])
 def test_the_gradient_of_micro_batches_is_that_of_the_batch(
-    rows: int, count: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows, count, text, tmp_path, monkeypatch
 ):
     """Even if they are not equally large; and their losses count by size."""
     monkeypatch.chdir(tmp_path)
@@ -245,7 +237,7 @@ def test_micro_batches_are_as_few_as_fit_a_cpus_cache(rows, n_embd, at_least, ex
     ids=str,
 )
 def test_the_dtype_follows_what_the_machine_can_do_and_never_a_clock(
-    capabilities: dict, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    capabilities, expected, monkeypatch
 ):
     def clock() -> float:
         raise AssertionError("the dtype was decided by a clock")
@@ -267,9 +259,7 @@ def has_bfloat16(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": yes})
 
 
-def test_bfloat16_is_for_stages_that_scale_and_learns_as_well(
-    small_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_bfloat16_is_for_stages_that_scale_and_learns_as_well(small_run, monkeypatch, tmp_path):
     has_bfloat16(monkeypatch, True)
     for stage, flags, dtype in (
         ("layer_norm", [], "float32"),
@@ -284,9 +274,7 @@ def test_bfloat16_is_for_stages_that_scale_and_learns_as_well(
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_resumed_run_keeps_its_dtype(
-    first: bool, monkeypatch: pytest.MonkeyPatch, small_run: Callable, run: Callable, tmp_path: Path
-):
+def test_a_resumed_run_keeps_its_dtype(first, monkeypatch, small_run, run, tmp_path):
     """Whatever the machine has now."""
     has_bfloat16(monkeypatch, first)
     assert small_run("gpt", "--device", "cpu", "--out", "run")[0] == 0
@@ -306,9 +294,7 @@ def scale_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stage", ["gpt", "modern_gpt"])
-def test_a_scaled_run_is_the_unscaled_one(
-    stage: str, small_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_a_scaled_run_is_the_unscaled_one(stage, small_run, monkeypatch, tmp_path):
     """Bit for bit: the scale is a power of two, and nothing overflows."""
     flags = ["--precision", "float32", "--device", "cpu", "--grad-accumulation", 3]
     assert small_run(stage, *flags, "--out", "plain")[0] == 0
@@ -322,7 +308,7 @@ def test_a_scaled_run_is_the_unscaled_one(
 
 @pytest.mark.parametrize("stage", ["gpt", "modern_gpt"])
 def test_an_overflow_skips_a_step_of_all_optimizers_and_halves_the_scale(
-    stage: str, small_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stage, small_run, monkeypatch, tmp_path
 ):
     taken, cross_entropy = [], F.cross_entropy
 
@@ -351,7 +337,7 @@ def test_an_overflow_skips_a_step_of_all_optimizers_and_halves_the_scale(
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", [None, "nowhere"])
 def test_a_compiled_run_learns_the_same_or_says_what_to_type(
-    compiler: str | None, small_run: Callable, text: Path, tmp_path: Path, monkeypatch
+    compiler, small_run, text, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     if compiler:
@@ -397,7 +383,7 @@ def diverged(result: tuple[int, str, str], folder: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("stage", ["bigram", "layer_norm", "gpt", "modern_gpt"])
 def test_a_loss_that_explodes_between_two_evaluations_ends_the_run(
-    stage: str, small_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stage, small_run, monkeypatch, tmp_path
 ):
     seen, log = [], trainer.run.Run.log
 
@@ -412,9 +398,7 @@ def test_a_loss_that_explodes_between_two_evaluations_ends_the_run(
     assert (step, kept) == (seen.index(False) // micro_batches + 1, 0)
 
 
-def test_weights_that_are_nan_are_not_saved(
-    small_run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_weights_that_are_nan_are_not_saved(small_run, monkeypatch, tmp_path):
     """A step can spoil a weight before any loss shows it, and each step may be saved."""
     at = gpt.learning_rate_at
     spoiling = lambda step, config: math.nan if step == 9 else at(step, config)  # noqa: E731

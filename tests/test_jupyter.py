@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -45,7 +44,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_a_notebook_runs_in_the_browser(browser: Any, server: str, tmp_path: Path) -> None:
+def test_a_notebook_runs_in_the_browser(browser, server, tmp_path):
     path = tmp_path / "course" / "notebooks" / NOTEBOOK
     before = nbformat.read(path, as_version=4)
     for cell in (cell for cell in before.cells if cell.cell_type == "code"):

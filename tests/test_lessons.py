@@ -83,7 +83,7 @@ def python(code: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> 
     return result.stdout
 
 
-def test_importing_the_scripts_does_nothing_else(tmp_path: Path) -> None:
+def test_importing_the_scripts_does_nothing_else(tmp_path):
     assert python(IMPORT_AND_WATCH, *STAGES, cwd=tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -95,17 +95,17 @@ def assert_threads_spin_briefly(code: str, cwd: Path = ROOT) -> None:
 
 
 @pytest.mark.parametrize("script", [*STAGES, *COMMANDS])
-def test_threads_spin_briefly_because_trainer_is_imported_before_torch(script: str) -> None:
+def test_threads_spin_briefly_because_trainer_is_imported_before_torch(script):
     assert_threads_spin_briefly(f"import {script}")
 
 
 @pytest.mark.parametrize("own", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "passive"}], ids=str)
-def test_the_users_own_choice_of_spinning_is_left_alone(own: dict[str, str]) -> None:
+def test_the_users_own_choice_of_spinning_is_left_alone(own):
     assert ast.literal_eval(python(RUN_UNTIL_TORCH, "import gpt", **own)) == own
 
 
 @every_stage
-def test_a_stage_imports_no_other_stage(stage: str) -> None:
+def test_a_stage_imports_no_other_stage(stage):
     imported = set()
     for node in ast.walk(ast.parse(read(f"{stage}.py"))):
         if isinstance(node, ast.Import):
@@ -143,7 +143,7 @@ def code_lines(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("before, after", list(itertools.pairwise(STAGES)))
-def test_the_diff_is_the_lesson(before: str, after: str) -> None:
+def test_the_diff_is_the_lesson(before, after):
     sources = [code_lines(read(f"{stage}.py")) for stage in (before, after)]
     diff = list(difflib.unified_diff(*sources, before, after, n=0, lineterm=""))
     changes = [line[0] for line in diff[2:]]
@@ -159,13 +159,13 @@ SIZE_LIMITS |= {"trainer/*.py": 1300, "tests/*.py": 4500}
 
 
 @pytest.mark.parametrize("pattern, most", SIZE_LIMITS.items())
-def test_files_stay_short(pattern: str, most: int) -> None:
+def test_files_stay_short(pattern, most):
     names = [name for name in tracked(pattern) if "mistakes" not in name]
     counts = {name: len(read(name).splitlines()) for name in names}
     assert sum(counts.values()) <= most, counts
 
 
-def test_functions_and_classes_stay_small() -> None:
+def test_functions_and_classes_stay_small():
     for path in (ROOT / "trainer").glob("*.py"):
         for node in ast.walk(ast.parse(read(path))):
             if isinstance(node, ast.FunctionDef):
@@ -176,7 +176,7 @@ def test_functions_and_classes_stay_small() -> None:
                 assert len(methods) <= 15, f"{path.name}: {node.name} has {len(methods)} methods"
 
 
-def test_the_scripts_are_those_of_the_course() -> None:
+def test_the_scripts_are_those_of_the_course():
     top = {name for name in tracked("*.py") if "/" not in name}
     assert top == {f"{name}.py" for name in (*STAGES, "common", *COMMANDS)}
 
@@ -344,13 +344,13 @@ USES |= {"common.py": use_common, "trainer/layers.py": use_layers}
 
 
 @pytest.mark.parametrize("name", USES)
-def test_every_shape_comment_is_true(name: str) -> None:
+def test_every_shape_comment_is_true(name):
     source = read(name)
     assert shape_comments(source)
     assert wrong_shapes(source, USES[name]) == []
 
 
-def test_shapes_have_the_same_letters_everywhere() -> None:
+def test_shapes_have_the_same_letters_everywhere():
     for name in tracked("*.py"):
         if name in USES or name.partition("/")[0] not in ("tests", "notebooks", "benchmarks"):
             source = read(name)

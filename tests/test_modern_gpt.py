@@ -1,8 +1,6 @@
 """The ideas since GPT-2: each does what it says; without all of them the model is gpt.py's."""
 
-from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 
 import gpt
 import modern_gpt
@@ -52,7 +50,7 @@ def test_without_all_ideas_it_is_gpts_model():
     assert all(torch.equal(old[name].grad, new[name].grad) for name in old)
 
 
-def test_without_all_ideas_it_learns_as_gpt_does(run: Callable, tmp_path: Path):
+def test_without_all_ideas_it_learns_as_gpt_does(run, tmp_path):
     # With a power of two as its peak the learning rate is rounded alike in both.
     flags = [*SMALL, *SMALL_MODEL["gpt"], "--learning-rate", 2**-7, "--preset", "small"]
     assert run("gpt", *flags, "--out", "old")[0] == 0
@@ -70,7 +68,7 @@ def test_without_all_ideas_it_learns_as_gpt_does(run: Callable, tmp_path: Path):
 # Each idea.
 
 
-def test_each_idea_makes_a_difference_by_itself(run: Callable, tmp_path: Path):
+def test_each_idea_makes_a_difference_by_itself(run, tmp_path):
     seen = {}
     for flags in ([], *([off] for off in OFF)):
         words = [*SMALL, *SMALL_MODEL["modern_gpt"], "--device", "cpu", *flags, "--overwrite"]
@@ -119,7 +117,7 @@ def test_the_embedding_skip_adds_lambda_times_the_embedding():
 
 @given(shift=st.integers(0, 5000), size=st.sampled_from([2, 4, 32, 64]))
 @settings(deadline=None, max_examples=30)
-def test_with_rope_scores_depend_on_the_distance_alone(shift: int, size: int):
+def test_with_rope_scores_depend_on_the_distance_alone(shift, size):
     torch.manual_seed(shift)
     query, key = torch.randn(2, 9, size, dtype=torch.float64)
     rotate = RoPE(size).double()
@@ -147,7 +145,7 @@ def test_rms_norm_is_pytorchs():
 
 
 @pytest.mark.parametrize("rope", [True, False])
-def test_qk_norm_bounds_every_score(rope: bool, monkeypatch: pytest.MonkeyPatch):
+def test_qk_norm_bounds_every_score(rope, monkeypatch):
     seen, attention = [], modern_gpt.attention
 
     def watched(query: torch.Tensor, key: torch.Tensor, *others: object) -> torch.Tensor:
@@ -197,7 +195,7 @@ def test_the_learning_rate_warms_up_holds_and_falls_to_zero():
         assert modern_gpt.learning_rate_factor(step, config) == pytest.approx(expected)
 
 
-def test_both_optimizers_follow_the_schedule(small_run: Callable, tmp_path: Path):
+def test_both_optimizers_follow_the_schedule(small_run, tmp_path):
     rates = ["--muon-learning-rate", 0.02, "--learning-rate", 0.004]
     assert small_run("modern_gpt", *rates, "--out", "run")[0] == 0
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -222,7 +220,7 @@ def test_a_position_sees_as_many_as_the_context_holds():
 
 
 @pytest.mark.parametrize("options", [{}, {"rope": False}, NO_IDEAS], ids=["all", "rope", "none"])
-def test_the_cache_does_not_change_the_text_and_slides(options: dict):
+def test_the_cache_does_not_change_the_text_and_slides(options):
     """With RoPE every character is computed once, even beyond the context length."""
     model, sizes = random_model(**options), []
     model.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[1]))
@@ -232,7 +230,7 @@ def test_the_cache_does_not_change_the_text_and_slides(options: dict):
     assert len(set(text)) > 5
 
 
-def test_an_odd_head_size_is_refused(run: Callable, tmp_path: Path):
+def test_an_odd_head_size_is_refused(run, tmp_path):
     flags = [*SMALL, "--n-embd", 6, "--n-head", 2, "--n-layer", 1]
     code, output, errors = run("modern_gpt", *flags)
     assert (code, output, errors.count("\n")) == (2, "", 1)

@@ -39,7 +39,7 @@ def code_of(notebook: NotebookNode) -> str:
 
 
 @every_notebook
-def test_the_notebook_is_made_from_its_source(name: str) -> None:
+def test_the_notebook_is_made_from_its_source(name):
     made, text = (
         [(cell.cell_type, cell.source) for cell in notebook.cells]
         for notebook in (saved(name), source(name))
@@ -56,7 +56,7 @@ def definitions(code: str) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name, script", [(n, each) for n in SCRIPTS for each in SCRIPTS[n]])
-def test_the_notebook_mirrors_its_script(name: str, script: str) -> None:
+def test_the_notebook_mirrors_its_script(name, script):
     wanted = definitions(read(f"{script}.py"))
     assert wanted
     different = wanted - definitions(code_of(source(name)))
@@ -64,12 +64,12 @@ def test_the_notebook_mirrors_its_script(name: str, script: str) -> None:
 
 
 @every_notebook
-def test_trainer_is_imported_before_torch(name: str) -> None:
+def test_trainer_is_imported_before_torch(name):
     assert_threads_spin_briefly(code_of(source(name)), cwd=ROOT / "notebooks")
 
 
 @every_notebook
-def test_no_cell_is_longer_than_a_screen(name: str) -> None:
+def test_no_cell_is_longer_than_a_screen(name):
     script = "".join(read(f"{each}.py") for each in SCRIPTS[name])
     for cell in source(name).cells:
         own = [line for line in cell.source.splitlines() if line not in script]
@@ -77,7 +77,7 @@ def test_no_cell_is_longer_than_a_screen(name: str) -> None:
 
 
 @every_notebook
-def test_the_saved_outputs_are_complete_and_clean(name: str) -> None:
+def test_the_saved_outputs_are_complete_and_clean(name):
     cells = [cell for cell in saved(name).cells if cell.cell_type == "code"]
     counts = [cell.execution_count for cell in cells]
     assert counts == list(range(1, len(cells) + 1))  # run once, from top to bottom
@@ -126,9 +126,7 @@ def with_answers(name: str) -> Iterator[NotebookNode]:
 
 @pytest.mark.slow
 @every_notebook
-def test_it_runs_from_a_clean_kernel_and_its_exercises_check(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_runs_from_a_clean_kernel_and_its_exercises_check(name, monkeypatch):
     monkeypatch.setenv("COURSE_QUICK", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = source(name)
@@ -149,7 +147,7 @@ def test_it_runs_from_a_clean_kernel_and_its_exercises_check(
             assert re.match(expected, each), f"exercise {i + 1}, {tag}: {each!r}"
 
 
-def test_the_notebooks_open_in_colab_and_leave_nothing_behind() -> None:
+def test_the_notebooks_open_in_colab_and_leave_nothing_behind():
     for name in SCRIPTS:
         text = read(f"notebooks/{name}.py")
         assert f"/blob/main/notebooks/{name}.ipynb)" in text

@@ -4,8 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, STAGES
@@ -15,13 +13,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
 
 
-def test_every_script_that_it_says_to_run_exists() -> None:
+def test_every_script_that_it_says_to_run_exists():
     scripts = set(re.findall(r"(?:python|python3|torchrun)\S*(?: -\S+)* ([\w/]+\.py)\b", README))
     assert {"bigram.py", "gpt.py", "sample.py"} <= scripts
     assert not [name for name in scripts if not (ROOT / name).exists()]
 
 
-def test_every_flag_of_its_commands_exists(run: Callable) -> None:
+def test_every_flag_of_its_commands_exists(run):
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {
         *("--no-index", "--extra-index-url", "--nanogpt"),
         *("--nproc", "--nnodes", "--rdzv"),  # torchrun's own
@@ -32,7 +30,7 @@ def test_every_flag_of_its_commands_exists(run: Callable) -> None:
     assert not [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", helps)]
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_leads_somewhere():
     headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
     links = re.findall(r"\]\(([^)\s]+)\)", README)
@@ -45,7 +43,7 @@ def test_every_link_leads_somewhere() -> None:
             assert path or anchor in anchors, link
 
 
-def test_the_test_command_is_the_one_that_ci_runs() -> None:
+def test_the_test_command_is_the_one_that_ci_runs():
     ci = ROOT / ".ci" / "run"
     if not ci.exists():
         pytest.skip("this is no checkout")
@@ -56,7 +54,7 @@ def test_the_test_command_is_the_one_that_ci_runs() -> None:
 
 
 @pytest.mark.slow
-def test_the_python_lines_work(small_run: Callable, tmp_path: Path) -> None:
+def test_the_python_lines_work(small_run, tmp_path):
     """In a process of their own, after a run of the stage that they name."""
     (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     lines = lines.replace("ROMEO:", "Line 7:")  # the text of the tests has no ROMEO
@@ -71,7 +69,7 @@ def test_the_python_lines_work(small_run: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
-def test_the_code_is_in_style(arguments: list[str]) -> None:
+def test_the_code_is_in_style(arguments):
     command = [sys.executable, "-m", "ruff", *arguments, *tracked("*.py")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr

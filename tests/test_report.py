@@ -4,7 +4,6 @@ import html
 import itertools
 import re
 from pathlib import Path
-from typing import Any
 
 from comparison.report import CodeLine, code_of, difference, prose, read_source
 from sample import generate, load
@@ -20,7 +19,7 @@ OPEN_ALL = "document.querySelectorAll('details').forEach(each => each.open = tru
 
 
 @pytest.mark.parametrize("before, after", list(itertools.pairwise(STAGES)))
-def test_a_difference_turns_one_script_into_the_next(before: str, after: str) -> None:
+def test_a_difference_turns_one_script_into_the_next(before, after):
     before, after = (code_of(read_source(stage)) for stage in (before, after))
     lines = list(difference(before, after))
     for kind, script in (("added", after), ("gone", before)):
@@ -35,7 +34,7 @@ def test_a_difference_turns_one_script_into_the_next(before: str, after: str) ->
     assert not any(re.search(r"Stage \d of", line.text) for line in lines)  # that is prose
 
 
-def test_the_prose_of_the_stages_becomes_html() -> None:
+def test_the_prose_of_the_stages_becomes_html():
     assert prose("    python bigram.py") == "<pre>python bigram.py</pre>"
     assert prose("**A\nmodel** of `a < b`.") == (
         "<p><strong>A\nmodel</strong> of <code>a &lt; b</code>.</p>"
@@ -49,7 +48,7 @@ def page_source(trained: Path) -> str:
 
 
 @pytest.mark.slow
-def test_it_needs_no_script_and_no_other_file(trained: Path, page_source: str) -> None:
+def test_it_needs_no_script_and_no_other_file(trained, page_source):
     assert "<script" not in page_source  # though the training text is full of them
     assert html.escape("<script>") in page_source
     pattern = r"""(?:src|href|srcset|url|@import)\s*[=(]\s*["']?([^"')\s>]+)"""
@@ -59,7 +58,7 @@ def test_it_needs_no_script_and_no_other_file(trained: Path, page_source: str) -
 
 
 @pytest.mark.slow
-def test_the_samples_continue_the_same_prompt(trained: Path, page_source: str) -> None:
+def test_the_samples_continue_the_same_prompt(trained, page_source):
     articles = re.findall(r"<h3>(.*?)</h3>\s*<pre><b>(.*?)</b>(.*?)</pre>", page_source, re.DOTALL)
     names, prompts, samples = zip(*articles, strict=True)
     assert [name.split()[0] for name in names] == list(STAGES)
@@ -84,7 +83,7 @@ def address(trained: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 800, 1280])
-def test_nothing_overflows_and_nothing_is_fetched(width: int, browser: Any, address: str) -> None:
+def test_nothing_overflows_and_nothing_is_fetched(width, browser, address):
     page = browser.new_page(viewport={"width": width, "height": 800})
     messages, requests = [], []
     page.on("console", lambda message: messages.append(message.text))
@@ -108,7 +107,7 @@ def test_nothing_overflows_and_nothing_is_fetched(width: int, browser: Any, addr
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_it_works_by_keyboard(browser: Any, address: str) -> None:
+def test_it_works_by_keyboard(browser, address):
     page = browser.new_page()
     page.goto(address)
     for stage in STAGES:
@@ -127,7 +126,7 @@ def test_it_works_by_keyboard(browser: Any, address: str) -> None:
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_each_color_scheme_is_readable(scheme: str, browser: Any, address: str) -> None:
+def test_each_color_scheme_is_readable(scheme, browser, address):
     page = browser.new_page(color_scheme=scheme)
     page.goto(address)
     page.evaluate(OPEN_ALL)
@@ -164,7 +163,7 @@ def test_each_color_scheme_is_readable(scheme: str, browser: Any, address: str) 
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_it_prints_on_white(browser: Any, address: str) -> None:
+def test_it_prints_on_white(browser, address):
     page = browser.new_page(color_scheme="dark")
     page.goto(address)
     page.emulate_media(media="print", color_scheme="dark")

@@ -34,6 +34,7 @@ from conftest import (
     losses,
     same_state,
     start,
+    table,
 )
 
 MANY = ["--max-iters", "300", "--eval-interval", "20"]
@@ -50,11 +51,6 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return batch(self, number)
 
     monkeypatch.setattr(Run, "batch", interrupted)
-
-
-def table(folder: Path) -> list[list[float]]:
-    """The rows of losses.csv as numbers, without their seconds."""
-    return [[float(value) for value in row.split(",")] for row in losses(folder)[1:]]
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
