@@ -2,10 +2,10 @@
 
 A **language model** predicts what comes next. This one is a table with one row per character. The
 row of the current character holds a **logit**, an unnormalized score, for every character that
-could follow. Training adjusts the logits until softmax turns them into the frequencies of the text.
+could follow. Training adjusts the logits until softmax turns each row into the text's frequencies.
 
-It is the smallest language model there is, and the baseline for all others. The batches, the loss,
-the training loop and the sampling stay the same in every later stage.
+It is about as simple as a language model gets, and the baseline for all others. The batches, the
+loss, the sampling and the core of the training loop stay the same in every later stage.
 
     python bigram.py
 """
@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: number of different characters in the text
+    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
     block_size: int = 8  # T: context length, in characters
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-2  # size of AdamW's steps
+    learning_rate: float = 1e-2  # AdamW's step size
 
 
 class Model(LanguageModel):
@@ -53,7 +53,7 @@ def main() -> None:
     model = Model(run.config).to(run.device)
     # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
+    for idx, targets in run.batches(model, optimizer):  # (B, T) each; targets are shifted by one
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""What all stages share: the tokenizer, the split, batches, and the device."""
+"""Shared by all stages: tokenizer, data split, batches, device choice and text generation."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_VALIDATION = 1_000_000  # characters: every evaluation goes through all of them
+MAX_VALIDATION = 1_000_000  # characters; a cap, because every evaluation covers the whole split
 
 
 class Tokenizer:
@@ -24,7 +24,7 @@ class Tokenizer:
 
 
 def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The first 90% for training, the rest for validation."""
+    """Training and validation split; validation is the last 10%, capped at MAX_VALIDATION."""
     border = split_index(len(tokens))
     return tokens[:border], tokens[border:]
 
@@ -40,7 +40,7 @@ def draw_batch(
     windows = tokens.unfold(0, block_size + 1, 1)  # every window there is: a view, not a copy
     starts = torch.randint(len(windows), (batch_size,), generator=generator)
     batch = windows[starts].long()  # (B, T+1)
-    return batch[:, :-1], batch[:, 1:]  # (B, T) both
+    return batch[:, :-1], batch[:, 1:]  # (B, T) each
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -52,10 +52,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 class LanguageModel(nn.Module):
-    """What the models of all stages have in common: they continue a text."""
+    """Base class of every stage's model: it can continue a text."""
 
     block_size: int  # context length
-    slides = False  # whether the cache can drop its oldest position and go on
+    slides = False  # whether the KV cache can drop its oldest position and continue
 
     def new_cache(self) -> list | None:
         """An empty KV cache, one entry per layer; None if the model has no cache."""
@@ -63,27 +63,32 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, ids: list[int], temperature: float, top_k: int | None, random: torch.Generator
+        self, ids: list[int], temperature: float, top_k: int | None, generator: torch.Generator
     ) -> Iterator[int]:
-        """Yield the ids that continue these, each as soon as it is sampled, without end."""
-        device = next(self.parameters()).device
+        """Yield ids that continue `ids`, each as soon as it is sampled; never stops."""
+        device, was_training = next(self.parameters()).device, self.training
         ids, cache, cached = list(ids), self.new_cache(), 0  # cached: how many ids the cache holds
         self.eval()
-        while True:
-            if len(ids) > self.block_size and not self.slides:  # go on from the second half
-                ids, cache, cached = ids[-max(1, self.block_size // 2) :], self.new_cache(), 0
-            idx = torch.tensor([ids[cached:]], device=device)  # (1, T)
-            logits, _ = self(idx, cache=cache) if cache else self(idx)  # (1, T, V)
-            cached = len(ids) if cache else 0
-            ids.append(choose(logits[0, -1].cpu(), temperature, top_k, random))
-            yield ids[-1]
+        try:
+            while True:
+                if len(ids) > self.block_size and not self.slides:  # keep the second half
+                    ids, cache, cached = ids[-max(1, self.block_size // 2) :], self.new_cache(), 0
+                idx = torch.tensor([ids[cached:]], device=device)  # (1, T)
+                logits, _ = self(idx, cache=cache) if cache else self(idx)  # (1, T, V)
+                cached = len(ids) if cache else 0
+                ids.append(choose(logits[0, -1].cpu(), temperature, top_k, generator))
+                yield ids[-1]
+        finally:
+            self.train(was_training)
 
 
-def choose(logits: Tensor, temperature: float, top_k: int | None, random: torch.Generator) -> int:
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> int:
     """Sample an id from its V logits; with temperature 0, take the most likely."""
     if temperature == 0:
         return int(logits.argmax())
     logits, candidates = logits.topk(min(top_k or len(logits), len(logits)))
     # With 0 as the largest logit, and in double precision, no temperature is too small.
     probabilities = F.softmax((logits - logits[0]).double() / temperature, dim=0)
-    return int(candidates[torch.multinomial(probabilities, 1, generator=random)])
+    return int(candidates[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,13 +1,13 @@
-"""What each idea is worth: train the stages that are missing, then compare them all.
+"""Benchmark the stages: train the runs that are missing, then compare them all.
 
     python compare.py                              every stage, with three seeds
     python compare.py --max-iters 200 --seeds 1    a quick look
     python compare.py --no-train                   only the runs that exist
     python compare.py --modern                     modern_gpt.py without each of its ideas
 
-Prints a table and writes it, with the loss curves, to report.html; for the ideas, which take hours,
-a table and a picture. Runs that exist below runs/ are not trained again. Runs on another text or
-with other settings are left out. You can stop it at any time: the same command resumes.
+Prints a table and writes it, with the loss curves, to report.html. --modern takes hours, and writes
+a table and a plot. Existing runs in runs/ are not trained again; runs on another text or with other
+settings are left out. You can stop at any time: the same command resumes.
 """
 
 import argparse
@@ -62,7 +62,7 @@ from comparison.table import (
 from data.pocket_play import known_entropy
 from trainer.corpus import open_corpus
 from trainer.flags import Parser, given, options_for
-from trainer.folder import holds_run, rename
+from trainer.folder import RUN_FILES, rename
 from trainer.machine import DeviceSettings, available_device
 from trainer.sampling import SampleSettings
 
@@ -89,7 +89,7 @@ class Job(NamedTuple):
 
 
 def jobs_for(terms: Terms, found: Found) -> list[Job]:
-    """The runs that are missing: all with the first seed, then with the second; large last."""
+    """The missing runs: all with the first seed, then the second, and so on; large ones last."""
     jobs = []
     for seed, row in itertools.product(terms.seeds, terms.to_train()):
         if (row, seed) in found.finished:
@@ -113,7 +113,7 @@ def free_folder(terms: Terms, row: Row, seed: int) -> Path:
     for number in itertools.count(1):
         again = "" if number == 1 else f"-again-{number}"
         folder = RUNS / terms.corpus.name / f"{name}-seed-{seed}{again}"
-        if not holds_run(folder):
+        if not any((folder / name).exists() for name in RUN_FILES):
             return folder
 
 
@@ -144,7 +144,7 @@ def lock() -> Iterator[int]:
 
 
 def train(jobs: list[Job], locked: int) -> list[str]:
-    """Train them side by side, each with as many cores; return the names of those that failed."""
+    """Train in parallel, with the cores split evenly; return the names of the runs that failed."""
     cores = torch.get_num_threads()
     waiting, running, failed, done = list(jobs), {}, [], 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # same as Ctrl-C
@@ -225,11 +225,11 @@ def parse() -> argparse.Namespace:
         type=stages,
         default=STAGES,
         metavar="NAMES",
-        help="which ones, as in --stages bigram,residual (default: all, with their variants)",
+        help="stages to compare, such as bigram,residual (default: all, with their variants)",
     )
     parser.add_argument(
         "--seeds",
-        help="runs of each, with seeds 1 to N (default 3; with --no-train all)",
+        help="runs per stage, with seeds 1 to N (default 3; with --no-train: all)",
         **options_for(int),
     )
     parser.add_argument(
@@ -244,14 +244,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--modern",
         action="store_true",
-        help="compare modern_gpt.py with itself, without each of its ideas",
+        help="ablation study: modern_gpt.py without each of its ideas",
     )
     parser.add_argument("--no-train", action="store_true", help="compare only the runs that exist")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"where table, curves and report go (default {RUNS} / name of the text)",
+        help=f"folder for table, curves and report (default: {RUNS / 'TEXT_NAME'})",
     )
     parser.add_fields("the machine", DeviceSettings)
     parser.add_fields("the samples", SampleSettings)
@@ -334,7 +334,7 @@ def nothing_to_compare(corpus: str, found: Found) -> UserError:
     return UserError(
         f"nothing to compare: {Path('runs').absolute()} has no finished run of these stages on "
         f"{corpus}; "
-        + (f"add {shorter[1]} for those that are there" if shorter else "leave out --no-train")
+        + (f"add {shorter[1]} to compare the shorter runs" if shorter else "leave out --no-train")
     )
 
 
@@ -365,7 +365,7 @@ def train_missing(terms: Terms, found: Found) -> tuple[Found, list[str]]:
 def make_folder(out: Path) -> None:
     """For the comparison's files; its losses.csv must not replace that of a run."""
     if (out / "config.json").exists() or (out / "checkpoint.pt").exists():
-        raise UserError(f"{out} holds a run: name another folder with --out")
+        raise UserError(f"{out} holds a run: choose another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

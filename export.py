@@ -1,11 +1,11 @@
-"""Write a trained run of gpt.py as a GPT-2 that Hugging Face's transformers loads by itself.
+"""Export a trained run of gpt.py as a GPT-2 that Hugging Face transformers can load.
 
     python export.py runs/gpt --out exported
 
-gpt.py has the parts of GPT-2 under plainer names: the weights are renamed and some of them
-transposed, no number changes. The other files describe the model and its characters. In
-transformers a prompt and its continuation together must fit into block_size; sample.py lets the
-window slide instead.
+gpt.py has GPT-2's layers under plainer names: weights are renamed, and some are transposed, but
+no value changes. The other files describe the model and its tokenizer. In transformers, a prompt
+and its continuation must fit into block_size together; sample.py drops the older half of the
+context instead.
 
 This needs one more package: python -m pip install -r requirements-export.txt
 """
@@ -73,20 +73,20 @@ def gpt2_config(config: Config) -> dict[str, Any]:
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
-        "tie_word_embeddings": False,  # the output layer is no copy of the token embedding
-        "bos_token_id": None,  # no character means that a text begins
-        "eos_token_id": None,  # or ends
+        "tie_word_embeddings": False,  # lm_head and token_embedding are separate
+        "bos_token_id": None,  # there is no beginning-of-text token
+        "eos_token_id": None,  # and no end-of-text token
         "use_cache": True,
     }
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Cut a text into characters, look each of them up; to decode, join them with nothing between.
+    """Split a text into characters and look each one up; decoding joins them without spaces.
 
-    A character that the vocabulary lacks would become the unknown token; as the vocabulary lacks
-    that too, it is an error instead.
+    A character outside the vocabulary would become the unknown token; since the vocabulary has no
+    unknown token either, it is an error instead.
     """
-    any_character = {"Regex": r"[\s\S]"}  # a dot would leave out the ends of lines
+    any_character = {"Regex": r"[\s\S]"}  # unlike a dot, this matches newlines too
     cut = {"type": "Split", "pattern": any_character, "behavior": "Isolated", "invert": False}
     look_up = {"type": "WordLevel", "vocab": tokenizer.ids, "unk_token": "<unknown>"}
     return {
@@ -116,7 +116,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     try:
         taken = any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)
         if taken:
-            raise UserError(f"{folder} is there already: name another folder with --out")
+            raise UserError(f"{folder} already exists: choose another folder with --out")
         try:
             partial.mkdir(parents=True)
             for name, content in files.items():
@@ -144,10 +144,10 @@ def main() -> None:
     if checkpoint["stage"] != "gpt":
         raise UserError(
             f"the run in {options.folder} was made by {checkpoint['stage']}.py: "
-            "only gpt.py's runs have GPT-2's parts"
+            "only runs of gpt.py can be exported"
         )
     try:
-        from safetensors.torch import save  # here, so that the course needs no such package
+        from safetensors.torch import save  # here: only export.py needs it
     except ImportError:
         raise UserError(
             "the package safetensors is missing: python -m pip install -r requirements-export.txt"

@@ -1,16 +1,16 @@
 """Stage 8 of 8: GPT, the same model scaled up.
 
-The blocks stay as they are. New is what a larger model needs to train well:
+The blocks stay the same. This stage adds what a larger model needs to train well:
 
 - **dropout** zeroes random activations, which reduces overfitting;
-- **initialization**: small weights, smaller still where they feed the residual stream;
+- **initialization**: small weights, smaller still in layers that write to the residual stream;
 - **weight decay** on matrices and embeddings only;
-- a **learning rate** that warms up, then follows a cosine down to a tenth;
-- **gradient clipping**, which bounds the size of a step after an unusual batch;
-- **micro-batches**, which add up the gradient of a batch that is too large to process at once;
-- a **KV cache**, which lets sampling compute each character only once.
+- a **learning-rate schedule**: linear warm-up, then cosine decay to a tenth of the peak;
+- **gradient clipping**, which caps the gradient norm in case of an unusual batch;
+- **gradient accumulation**: a batch too large to process at once is split into **micro-batches**;
+- a **KV cache**, which lets sampling compute each position's keys and values only once.
 
-The improvement comes from width, depth and context; these make them trainable.
+The loss drops because of width, depth and context; these techniques make that size trainable.
 
     python gpt.py                         the preset that suits this machine
     python gpt.py --preset full           10.8 M parameters, for a GPU
@@ -32,9 +32,9 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: number of different characters in the text
+    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
     block_size: int = 256  # T: context length, in characters
-    n_embd: int = 384  # C: channels of the vector that represents a character
+    n_embd: int = 384  # C: embedding dimension (channels per character)
     n_head: Annotated[int, Divides("n_embd")] = 6  # H: attention heads, each of size D = C/H
     n_layer: int = 6  # number of blocks
     dropout: Fraction = 0.2  # probability that an activation is zeroed during training
@@ -43,7 +43,7 @@ class Config:
     eval_interval: int = 250  # steps between evaluations
     learning_rate: float = 1e-3  # size of AdamW's steps, at its peak
     warmup_iters: NonNegativeInt = 100  # steps over which the learning rate rises to its peak
-    weight_decay: NonNegative = 0.1  # how fast weights that get no gradient shrink
+    weight_decay: NonNegative = 0.1  # each step shrinks matrices by this times the learning rate
     gradient_clip: float = 1.0  # maximum gradient norm
 
 
@@ -77,12 +77,12 @@ class KVCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
+    """Causal self-attention, all heads at once: the heads are one more batch dimension."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        # No biases: softmax cancels a key's, and out_proj's replaces a value's.
+        # No biases: a key bias cancels in softmax, and out_proj's bias absorbs a value bias.
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = Dropout(config.dropout)  # of attention weights
@@ -93,7 +93,7 @@ class MultiHeadAttention(nn.Module):
         x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
-            key, value = cache.extend(key, value)  # (B, H, S, D) both
+            key, value = cache.extend(key, value)  # (B, H, S, D) each
         # The scores, mask, softmax and weighted average of layer_norm.py, as fast as possible.
         x = attention(query, key, value, self.dropout)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
@@ -114,7 +114,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; each adds its output to its input."""
+    """Attention, then feed-forward; each adds its output to the residual stream."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Model(LanguageModel):
         self.dropout = Dropout(config.dropout)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj.weight")):
-                # 2 * n_layer of these add to the residual stream: together they have std 0.02.
+                # The residual stream sums 2 * n_layer of these; the scale keeps its std fixed.
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -179,7 +179,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     lr, weight_decay = config.learning_rate, config.weight_decay
-    # betas: squared gradients are averaged over 100 steps; PyTorch's 1,000 adapt too slowly here.
+    # beta2 = 0.99 averages squared gradients over ~100 steps; PyTorch's 0.999 adapts too slowly.
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
@@ -199,7 +199,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, run.config)
         optimizer.zero_grad()
-        for idx, targets, weight in run.micro_batches(batch):  # (B, T) both, then a fraction of 1
+        for idx, targets, weight in run.micro_batches(batch):  # idx, targets: (B, T)
             with run.autocast():  # mixed precision: matrix products in the run's dtype
                 logits, loss = model(idx, targets)
             (weight * loss).backward()

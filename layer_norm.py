@@ -25,25 +25,25 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: number of different characters in the text
+    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
     block_size: int = 8  # T: context length, in characters
-    n_embd: int = 32  # C: channels of the vector that represents a character
+    n_embd: int = 32  # C: embedding dimension (channels per character)
     n_head: Annotated[int, Divides("n_embd")] = 4  # H: attention heads, each of size D = C/H
     n_layer: int = 3  # number of blocks
-    norm: Literal["pre", "post"] = "pre"  # normalize the input of a sublayer, or the sum after it
+    norm: Literal["pre", "post"] = "pre"  # normalize before each sublayer, or after the addition
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
+    learning_rate: float = 1e-3  # AdamW's step size; attention is unstable at bigram.py's 1e-2
 
 
 class MultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
+    """Causal self-attention, all heads at once: the heads are one more batch dimension."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        # No biases: softmax cancels a key's, and out_proj's replaces a value's.
+        # No biases: a key bias cancels in softmax, and out_proj's bias absorbs a value bias.
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
@@ -54,7 +54,7 @@ class MultiHeadAttention(nn.Module):
         x = self.qkv_proj(x)  # (B, T, 3*C)
         x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        # The variance of q·k grows with D; dividing by √D keeps softmax from saturating.
         scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, H, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
         weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
@@ -77,7 +77,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; each adds its output to its input."""
+    """Attention, then feed-forward; each adds its output to the residual stream."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def main() -> None:
     model = Model(run.config).to(run.device)
     # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
+    for idx, targets in run.batches(model, optimizer):  # (B, T) each; targets are shifted by one
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()

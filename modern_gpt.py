@@ -1,20 +1,20 @@
 """Beyond GPT-2: the same model with ten ideas that came later.
 
-Each is a switch: `--no-rope` leaves out RoPE. Without all ten the model is that of gpt.py.
+Each has a switch: `--no-rope` disables RoPE. With all ten off, the model is that of gpt.py.
 
-- `rms_norm`: **RMSNorm** divides a vector by its root mean square; no mean, nothing learned.
-- `rope`: **rotary position embedding** rotates queries and keys by angles that grow with the
-  position, so scores depend on the distance between positions; there is no position table.
+- `rms_norm`: **RMSNorm** divides a vector by its root mean square; no mean, no learned scale.
+- `rope`: **rotary position embedding** rotates queries and keys by angles proportional to the
+  position, so scores depend on relative positions; it replaces the position table.
 - `qk_norm`: queries and keys are normalized, which bounds the scores.
 - `bias_free`: linear layers have no biases.
 - `squared_relu`: the activation is ReLU squared.
-- `zero_init`: the projections that feed the residual stream start at zero, so blocks start as
-  identities.
-- `embedding_norm`: the embedding is normalized, to the scale that later layers read.
+- `zero_init`: the projections that feed the residual stream start at zero, so each block
+  starts as the identity.
+- `embedding_norm`: the embedding is normalized, like the input of every sublayer.
 - `embedding_skip`: every block adds λ times the embedding, with λ learned.
-- `muon`: **Muon** makes the singular values of a matrix's update equal, so that a step moves it
-  in all directions; AdamW keeps the embedding, the output layer and the vectors.
-- `linear_decay`: the learning rate holds, then falls linearly to zero; without it, a cosine.
+- `muon`: **Muon** makes the singular values of each matrix update equal, so that no direction
+  dominates; AdamW still trains the embedding, the output layer and all vectors.
+- `linear_decay`: the learning rate stays constant, then decays linearly to zero, not as a cosine.
 
 `python compare.py --modern` measures what each is worth.
 
@@ -47,9 +47,9 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: number of different characters in the text
+    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
     block_size: int = 256  # T: context length, in characters
-    n_embd: int = 384  # C: channels of the vector that represents a character
+    n_embd: int = 384  # C: embedding dimension (channels per character)
     n_head: Annotated[int, Divides("n_embd")] = 6  # H: attention heads, each of size D = C/H
     n_layer: int = 6  # number of blocks
     dropout: Fraction = 0.1  # probability that an activation is zeroed during training
@@ -58,21 +58,21 @@ class Config:
     eval_interval: int = 350  # steps between evaluations
     learning_rate: float = 3e-3  # size of AdamW's steps, at its peak
     muon_learning_rate: float = 1e-2  # size of Muon's steps, at its peak
-    muon_momentum: Fraction = 0.9  # how much of its direction Muon keeps from step to step
+    muon_momentum: Fraction = 0.9  # Muon's momentum coefficient
     warmup_iters: NonNegativeInt = 20  # steps over which the learning rates rise to their peak
-    cooldown: PositiveFraction = 0.7  # fraction of the steps over which they fall to zero
-    weight_decay: NonNegative = 0.1  # how fast weights that get no gradient shrink
+    cooldown: PositiveFraction = 0.7  # fraction of steps over which learning rates decay to zero
+    weight_decay: NonNegative = 0.1  # each step shrinks matrices by this times the learning rate
     gradient_clip: float = 1.0  # maximum gradient norm
     rms_norm: bool = True  # RMSNorm instead of LayerNorm
     rope: bool = True  # rotary position embedding instead of a learned table
     qk_norm: bool = True  # normalized queries and keys
     bias_free: bool = True  # no biases in linear layers
     squared_relu: bool = True  # ReLU squared instead of ReLU
-    zero_init: bool = True  # blocks that start as identities
-    embedding_norm: bool = True  # a normalized embedding
-    embedding_skip: bool = True  # the embedding, added again in every block
+    zero_init: bool = True  # start blocks as identities: zero their output projections
+    embedding_norm: bool = True  # normalize the embedding
+    embedding_skip: bool = True  # add λ times the embedding in every block
     muon: bool = True  # Muon for the matrices in the blocks
-    linear_decay: bool = True  # learning rates that fall linearly to zero
+    linear_decay: bool = True  # decay learning rates linearly to zero, not as a cosine
 
 
 PRESETS = {
@@ -99,11 +99,11 @@ PRESETS = {
 
 
 class KVCache:
-    """The keys and values that the next character sees; with RoPE this window slides."""
+    """Keeps the keys and values that later positions attend to; with RoPE the window slides."""
 
     def __init__(self, size: int) -> None:
         self.size = size  # how many earlier positions are visible
-        self.length = 0  # how many characters there have been, visible or not
+        self.length = 0  # number of positions so far, including dropped ones
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         T = key.shape[2]
@@ -129,7 +129,7 @@ class RoPE(nn.Module):
     def __init__(self, head_size: int) -> None:
         super().__init__()
         if head_size % 2:
-            raise UserError(f"--rope needs an even head size, n_embd / n_head, not {head_size}")
+            raise UserError(f"--rope needs an even head size, not {head_size}: change --n-head")
         # Channels i and i + D/2 are a point in a plane; each plane has its own frequency.
         inv_freq = 10_000.0 ** -(torch.arange(0, head_size, 2) / head_size)  # (D/2)
         self.register_buffer("inv_freq", inv_freq, persistent=False)  # a constant: not saved
@@ -139,12 +139,12 @@ class RoPE(nn.Module):
         positions = torch.arange(start, start + T, device=x.device)  # (T)
         angles = positions[:, None] * self.inv_freq  # (T, D/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        a, b = x.chunk(2, dim=-1)  # (2, B, H, T, D/2) both
+        a, b = x.chunk(2, dim=-1)  # (2, B, H, T, D/2) each
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class MultiHeadAttention(nn.Module):
-    """All heads of causal self-attention at once: heads are a dimension, like the batch."""
+    """Causal self-attention, all heads at once: the heads are one more batch dimension."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -165,9 +165,9 @@ class MultiHeadAttention(nn.Module):
         query_key = self.qk_norm(x[:2])  # (2, B, H, T, D)
         if self.rope:
             query_key = self.rope(query_key, cache.length if cache else 0)  # (2, B, H, T, D)
-        query, key = query_key  # (B, H, T, D) both
+        query, key = query_key  # (B, H, T, D) each
         if cache is not None:
-            key, value = cache.extend(key, value)  # (B, H, S, D) both
+            key, value = cache.extend(key, value)  # (B, H, S, D) each
         # The scores, mask, softmax and weighted average of layer_norm.py, as fast as possible.
         x = attention(query, key, value, self.dropout, self.block_size)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
@@ -195,7 +195,7 @@ def make_norm(config: Config) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; each adds its output to its input."""
+    """Attention, then feed-forward; each adds its output to the residual stream."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class Model(LanguageModel):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.block_size = config.block_size
-        self.slides = config.rope  # a position table ends with the context, RoPE does not
+        self.slides = config.rope  # a position table ends at block_size; RoPE does not
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = (
             None if config.rope else nn.Embedding(config.block_size, config.n_embd)
@@ -232,7 +232,7 @@ class Model(LanguageModel):
         self.dropout = Dropout(config.dropout)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj.weight")):
-                # 2 * n_layer of these add to the residual stream: together they have std 0.02.
+                # The residual stream sums 2 * n_layer of these; the scale keeps its std fixed.
                 std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(parameter, std=std)
             elif parameter.dim() == 2:
@@ -271,7 +271,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     outer = [p for name, p in matrices if not name.startswith("blocks.") or not config.muon]
     groups = [{"params": outer}, {"params": vectors, "weight_decay": 0.0}]
     lr, weight_decay = config.learning_rate, config.weight_decay
-    # betas: squared gradients are averaged over 100 steps; PyTorch's 1,000 adapt too slowly here.
+    # beta2 = 0.99 averages squared gradients over ~100 steps; PyTorch's 0.999 adapts too slowly.
     adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     if not config.muon:
         return [adamw]
@@ -280,13 +280,13 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         lr=config.muon_learning_rate,
         weight_decay=weight_decay,
         momentum=config.muon_momentum,
-        adjust_lr_fn="match_rms_adamw",  # updates as large as AdamW's, whatever a matrix's shape
+        adjust_lr_fn="match_rms_adamw",  # same update RMS as AdamW, for any matrix shape
     )
     return [adamw, muon]
 
 
 def learning_rate_factor(step: int, config: Config) -> float:
-    """Linear warm-up, then level, then linearly down to zero; or gpt.py's cosine."""
+    """Fraction of the peak: warm-up, constant, linear decay to zero; or gpt.py's cosine."""
     warmup = (step + 1) / max(1, config.warmup_iters)
     if config.linear_decay:
         return min(warmup, 1.0, (config.max_iters - step) / (config.cooldown * config.max_iters))
@@ -305,7 +305,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * learning_rate_factor(run.step, run.config)
             optimizer.zero_grad()
-        for idx, targets, weight in run.micro_batches(batch):  # (B, T) both, then a fraction of 1
+        for idx, targets, weight in run.micro_batches(batch):  # idx, targets: (B, T)
             with run.autocast():  # mixed precision: matrix products in the run's dtype
                 logits, loss = model(idx, targets)
             (weight * loss).backward()

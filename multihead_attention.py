@@ -1,7 +1,7 @@
 """Stage 3 of 8: multi-head attention.
 
-Several smaller heads work side by side on the same input. Their outputs are concatenated, and a
-linear layer, the **output projection**, mixes them.
+Several smaller heads read the same input in parallel. Their outputs are concatenated, and a linear
+layer, the **output projection**, mixes them.
 
 One head has one set of attention weights per position, so it looks for one thing at a time. Four
 heads can look for four, such as the previous character, the last vowel, and the start of the word.
@@ -22,14 +22,14 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: number of different characters in the text
+    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
     block_size: int = 8  # T: context length, in characters
-    n_embd: int = 32  # C: channels of the vector that represents a character
+    n_embd: int = 32  # C: embedding dimension (channels per character)
     n_head: Annotated[int, Divides("n_embd")] = 4  # H: attention heads, each of size D = C/H
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
+    learning_rate: float = 1e-3  # AdamW's step size; attention is unstable at bigram.py's 1e-2
 
 
 class Head(nn.Module):
@@ -37,7 +37,7 @@ class Head(nn.Module):
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
-        # No biases: softmax cancels a key's, and a value's would only add a constant.
+        # No biases: a key bias cancels in softmax, and a value bias only adds a constant.
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
         self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
@@ -49,7 +49,7 @@ class Head(nn.Module):
         query = self.query(x)  # (B, T, D)
         key = self.key(x)  # (B, T, D)
         value = self.value(x)  # (B, T, D)
-        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        # The variance of q·k grows with D; dividing by √D keeps softmax from saturating.
         scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
         weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
@@ -99,7 +99,7 @@ def main() -> None:
     model = Model(run.config).to(run.device)
     # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
+    for idx, targets in run.batches(model, optimizer):  # (B, T) each; targets are shifted by one
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()

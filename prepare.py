@@ -1,11 +1,11 @@
-"""Turn texts of any size into a folder of numbers, to train on without holding it in memory.
+"""Encode texts of any size as token ids on disk, to train on without loading them into memory.
 
     python prepare.py part1.txt part2.txt --out data/mine
     python gpt.py --data data/mine
 
-The texts, UTF-8, are read twice, piece by piece: once to find the vocabulary, once to write each
-character as its number, in two bytes. As with a single text the first 90 % train and the rest
-validates, but never more than a million characters: every evaluation goes over all of them.
+The UTF-8 texts are read twice, in chunks: once to find the vocabulary, once to write each character
+as a two-byte token id. The first 90% is for training and the rest for validation, which is capped
+at a million characters because every evaluation covers all of it.
 """
 
 import codecs
@@ -31,20 +31,20 @@ import torch
 from tqdm import tqdm
 
 FORMAT = "character-gpt-course-data-1"
-NUMBER = np.dtype("<u2")  # a character in the files: two bytes, the lower one first
-MOST_DIFFERENT = 2**16  # as many as two bytes can tell apart
-CODE_POINTS = 0x110000  # Unicode has no more
-CHUNK_BYTES = 2**16  # small enough for the processor's own memory, which is the fast one
+ID_DTYPE = np.dtype("<u2")  # a token id in the files: two bytes, little-endian
+MAX_VOCABULARY = 2**16  # largest vocabulary that two-byte ids allow
+CODE_POINTS = 0x110000  # size of Unicode's code space
+CHUNK_BYTES = 2**16  # fits in the CPU's cache
 
 
 def prepare(texts: list[Path], folder: Path) -> dict[str, Any]:
-    """Make the folder, and return what its meta.json holds; its name comes when all is done."""
+    """Write the folder under a temporary name, then rename it; return its meta.json."""
     target = Path(os.path.realpath(folder))
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         refuse_taken(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for path in target.parent.iterdir():  # what a killed preparation left
+        for path in target.parent.iterdir():  # left over from a killed prepare.py
             if re.fullmatch(re.escape(target.name) + r"\.\d+\.part", path.name):
                 shutil.rmtree(path)
         partial.mkdir()
@@ -60,15 +60,15 @@ def prepare(texts: list[Path], folder: Path) -> dict[str, Any]:
 
 
 def refuse_taken(folder: Path) -> None:
-    """What is there already is never replaced."""
+    """Refuse to replace anything that already exists."""
     if os.path.isfile(folder):
         raise UserError(f"{folder} is a file: name a new folder with --out")
     if os.path.isdir(folder) and os.listdir(folder):
         if os.path.exists(folder / "meta.json"):
             raise UserError(
-                f"{folder} already holds a prepared text: name another folder, or delete that one"
+                f"{folder} already holds a prepared text: choose another folder, or delete that one"
             )
-        raise UserError(f"{folder} is not empty: name another folder with --out")
+        raise UserError(f"{folder} is not empty: choose another folder with --out")
 
 
 def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
@@ -81,28 +81,28 @@ def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
         sources, sources_now, count = [], [], 0
         seen = np.zeros(CODE_POINTS, dtype=bool)
         for codes in code_points(texts, sources, bar):
-            if not seen.take(codes).all():  # to look is faster than to write
+            if not seen.take(codes).all():  # reading is faster than writing
                 seen[codes] = True
             count += len(codes)
         vocabulary = "".join(map(chr, seen.nonzero()[0]))
         refuse_vocabulary(vocabulary)
 
         counts = characters(count, len(vocabulary))
-        number = np.zeros(CODE_POINTS, NUMBER)
-        number[seen] = np.arange(len(vocabulary))
+        id_of = np.zeros(CODE_POINTS, ID_DTYPE)
+        id_of[seen] = np.arange(len(vocabulary))
         digest_train, digest_val = hashlib.sha256(), hashlib.sha256()
         room = counts["train"]  # how many characters train.bin still takes
         with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
             for codes in code_points(texts, sources_now, bar):
-                numbers = number.take(codes)
-                train.write(numbers[:room])
-                digest_train.update(numbers[:room])
-                val.write(numbers[room:])
-                digest_val.update(numbers[room:])
-                room = max(0, room - len(numbers))
+                ids = id_of.take(codes)
+                train.write(ids[:room])
+                digest_train.update(ids[:room])
+                val.write(ids[room:])
+                digest_val.update(ids[room:])
+                room = max(0, room - len(ids))
     for path, before, now in zip(texts, sources, sources_now, strict=True):
         if before != now:
-            raise UserError(f"{path} changed between its two readings: try again when it is done")
+            raise UserError(f"{path} changed while it was read: try again once it is complete")
     meta = {
         "format": FORMAT,
         "vocabulary": vocabulary,
@@ -118,24 +118,24 @@ def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
 def refuse_vocabulary(vocabulary: str) -> None:
     if len(vocabulary) == 1:
         raise UserError(f"the text repeats one character, {vocabulary!r}: nothing to learn there")
-    if len(vocabulary) > MOST_DIFFERENT:
+    if len(vocabulary) > MAX_VOCABULARY:
         raise UserError(
-            f"the text has {len(vocabulary):,} different characters, and two bytes can number "
-            f"{MOST_DIFFERENT:,} at most: leave out a file, or replace the rarest characters"
+            f"the text has {len(vocabulary):,} distinct characters, but at most "
+            f"{MAX_VOCABULARY:,} fit: leave out a file, or replace the rarest characters"
         )
 
 
 def characters(count: int, different: int) -> dict[str, int]:
-    """How many characters there are, and how many of them are in which part."""
+    """Number of characters: in all, distinct, and in each split."""
     border = split_index(count)
     return {"all": count, "different": different, "train": border, "validation": count - border}
 
 
 def code_points(texts: list[Path], sources: list[dict], bar: tqdm) -> Iterator[np.ndarray]:
-    """Yield all characters as code points, chunk by chunk; add what each file was to `sources`."""
+    """Yield code points chunk by chunk; append each file's name, size and hash to `sources`."""
     for path in texts:
-        # It keeps the start of a character that goes on in the next chunk, and drops the
-        # invisible mark with which some editors begin a file.
+        # The decoder handles characters that are split between two chunks, and drops the
+        # byte-order mark with which some editors begin a file.
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         digest, size, empty = hashlib.sha256(), 0, True
         try:
@@ -152,9 +152,9 @@ def code_points(texts: list[Path], sources: list[dict], bar: tqdm) -> Iterator[n
         except OSError as error:
             raise UserError(f"cannot read the text {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            position = size - len(error.object) + error.start  # it counts within its own piece
+            position = size - len(error.object) + error.start  # error.start counts within its chunk
             raise UserError(
-                f"{path} is not UTF-8 text (byte {position} is no character): "
+                f"{path} is not UTF-8 text (invalid byte at {position}): "
                 "save it as UTF-8 in an editor, or name another file"
             ) from None
         if empty:
@@ -163,13 +163,13 @@ def code_points(texts: list[Path], sources: list[dict], bar: tqdm) -> Iterator[n
 
 
 def open_prepared(folder: Path) -> Corpus:
-    """A prepared folder as a corpus, whose numbers stay in their files until they are needed."""
+    """Open a prepared folder as a corpus; its token ids are memory-mapped, not loaded."""
     try:
         content = (folder / "meta.json").read_bytes()
         meta = json.loads(content)
         vocabulary, counts = meta["vocabulary"], meta["characters"]
-        training = np.memmap(folder / "train.bin", NUMBER, mode="r")
-        validation = np.memmap(folder / "val.bin", NUMBER, mode="r")
+        training = np.memmap(folder / "train.bin", ID_DTYPE, mode="r")
+        validation = np.memmap(folder / "val.bin", ID_DTYPE, mode="r")
         fits = (  # sizes only: to hash it all would take too long
             meta["format"] == FORMAT
             and counts == characters(len(training) + len(validation), len(vocabulary))
@@ -177,7 +177,7 @@ def open_prepared(folder: Path) -> Corpus:
             and vocabulary == "".join(sorted(set(vocabulary)))
             and validation.max() < len(vocabulary)
         )
-        problem = None if fits else "its files do not fit together, or this version of the course"
+        problem = None if fits else "its files are inconsistent, or from another version"
     except (FileNotFoundError, NotADirectoryError) as error:
         problem = f"it has no {Path(error.filename).name}"
     except OSError as error:
@@ -186,10 +186,10 @@ def open_prepared(folder: Path) -> Corpus:
         problem = "its files are damaged"
     if problem:
         raise UserError(
-            f"{folder} holds no prepared text that can be used ({problem}): "
+            f"{folder} is not a usable prepared text ({problem}): "
             "make one with python prepare.py TEXT --out DIR"
         )
-    with warnings.catch_warnings():  # PyTorch warns that nobody may write there, and nobody does
+    with warnings.catch_warnings():  # PyTorch warns about read-only memory; nothing writes to it
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = torch.from_numpy(training), torch.from_numpy(validation)
     name, sha256 = folder.resolve().name, hashlib.sha256(content).hexdigest()
@@ -200,15 +200,15 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="a UTF-8 text")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder to make, a new one"
+        "--out", type=Path, required=True, metavar="DIR", help="new folder to write"
     )
     options = parser.parse_args()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # then it tidies up as on Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
     counts = prepare(options.texts, options.out)["characters"]
     print(
-        f"{counts['all']:,} characters, {counts['different']:,} different ones, are in "
-        f"{options.out}; to learn from them: python gpt.py --data {options.out}"
+        f"wrote {counts['all']:,} characters, {counts['different']:,} distinct, to "
+        f"{options.out}; to train on them: python gpt.py --data {options.out}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Let a trained run of any stage continue a text.
+"""Continue a text with a trained model of any stage.
 
     python sample.py runs/gpt --prompt "ROMEO:" --temperature 0.8
 
@@ -46,14 +46,14 @@ def generate(
     seed: int = 1,
 ) -> Iterator[str]:
     """Yield `length` characters that continue the prompt, each as soon as it is sampled."""
-    random = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(SampleSettings(prompt).start_of_text(tokenizer))[-model.block_size :]
-    for i in itertools.islice(model.generate(ids, temperature, top_k, random), length):
+    for i in itertools.islice(model.generate(ids, temperature, top_k, generator), length):
         yield tokenizer.decode([i])
 
 
 def stage_module(name: str) -> ModuleType:
-    """Import a stage's script; only one that is beside this file will do."""
+    """Import a stage's script; only one next to this file is accepted."""
     if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
         module = importlib.import_module(name)
         if hasattr(module, "Model"):
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="such as runs/gpt")
     parser.add_fields("the sample", SampleSettings)
     parser.add_fields("the machine", DeviceSettings)
-    words = "another seed, another text (default: the run's own)"
+    words = "random seed for sampling (default: the run's own)"
     parser.add_argument("--seed", help=words, **options_for(Seed))
     options = parser.parse_args()
 

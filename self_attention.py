@@ -4,10 +4,10 @@ Each character becomes a vector, the sum of a **token embedding** (which charact
 **position embedding** (where it is). In a `Head`, every position computes a **query** (what it
 looks for), a **key** (what it offers) and a **value** (what it passes on). The dot product of a
 query and a key is a score; softmax turns a query's scores into **attention weights**, and the
-output is the weighted average of the values. The causal mask hides the future.
+output is the weighted average of the values. A **causal mask** hides the future.
 
-A bigram sees one character. Attention lets a position use everything before it, and learns where
-to look.
+A bigram model sees only the current character. Attention lets a position use all earlier ones too,
+and learns where to look.
 
     python self_attention.py
 """
@@ -24,13 +24,13 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: number of different characters in the text
+    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
     block_size: int = 8  # T: context length, in characters
-    n_embd: int = 32  # C: channels of the vector that represents a character
+    n_embd: int = 32  # C: embedding dimension (channels per character)
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # size of AdamW's steps; attention is unstable at the table's 1e-2
+    learning_rate: float = 1e-3  # AdamW's step size; attention is unstable at bigram.py's 1e-2
 
 
 class Head(nn.Module):
@@ -38,7 +38,7 @@ class Head(nn.Module):
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
-        # No biases: softmax cancels a key's, and a value's would only add a constant.
+        # No biases: a key bias cancels in softmax, and a value bias only adds a constant.
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
         self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
@@ -50,7 +50,7 @@ class Head(nn.Module):
         query = self.query(x)  # (B, T, D)
         key = self.key(x)  # (B, T, D)
         value = self.value(x)  # (B, T, D)
-        # q·k has variance D; dividing by √D keeps softmax from saturating.
+        # The variance of q·k grows with D; dividing by √D keeps softmax from saturating.
         scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, T, T)
         scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
         weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
@@ -86,7 +86,7 @@ def main() -> None:
     model = Model(run.config).to(run.device)
     # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
+    for idx, targets in run.batches(model, optimizer):  # (B, T) each; targets are shifted by one
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()

@@ -144,8 +144,8 @@ def label_ends(panel: Axes, ends: dict[Row, tuple[float, float]], theme: Theme) 
 def apart(heights: list[float], gap: float) -> list[float]:
     """Ascending heights, moved as little as possible until they are `gap` apart.
 
-    With i gaps taken off the i-th, they only have to ascend. Neighbors that do not are set to
-    their mean.
+    After subtracting i gaps from the i-th height, this is isotonic regression: wherever neighbors
+    decrease, both are replaced by their mean (pool adjacent violators).
     """
     groups: list[list[float]] = []
     for i, height in enumerate(heights):

@@ -1,4 +1,4 @@
-"""What each idea of modern_gpt.py is worth: all of them against all but one."""
+"""Ablation study of modern_gpt.py: all of its ideas against all but one."""
 
 import math
 import statistics
@@ -27,9 +27,9 @@ TENTHS = 10  # steps are counted in tenths: smaller differences in time cannot b
 
 
 def equal_seconds(step_times: dict[str, float], terms: Terms) -> tuple[Row, ...]:
-    """What is trained without an idea for as many seconds as all ideas take.
+    """The ablated models, trained for as many seconds as the model with all ideas.
 
-    If these are as many steps, the same run serves.
+    If that is the same number of steps, no second run is needed.
     """
     usual = terms.config(ALL)
     rows = []
@@ -114,7 +114,7 @@ def estimate(runs: list[Result]) -> Estimate:
 
 
 def pooled_deviation(groups: Iterable[list[Result]]) -> float | None:
-    """The standard deviation over seeds, from all groups: each alone is too small to show it."""
+    """The standard deviation over seeds, pooled over all groups, because each one is small."""
     groups = [losses(runs) for runs in groups if len(runs) > 1]
     if not groups:
         return None
@@ -151,16 +151,16 @@ def idea_notes(lines: list[IdeaLine], groups: dict[Row, list[TrainedRun]]) -> li
     steps = groups[ALL][0].config["max_iters"]
     return [
         conditions(groups),
-        f"{ALL.command} takes {steps:,} steps. Without an idea, a model is trained for as many "
-        "steps, and for as many seconds, rounded to a tenth of the steps. Relative time is that of "
-        "a step; the steps of all models are timed in turns.",
+        f"{ALL.command} takes {steps:,} steps. Each model without an idea is trained for the same "
+        "number of steps and, in a second run, for the same time, to the nearest tenth of the "
+        "steps. Relative time is time per step; timing alternates between models.",
         "Validation loss at a run's best evaluation"
         + ("; mean ± standard deviation. " if many else ". ")
         + "Increase: over the loss with all ideas"
         + ("; ± its standard error, from the standard deviation in all rows." if many else "."),
-        "Sizes and learning rates were chosen for the model with all ideas, and are the same in "
-        "all rows: an idea is worth here what it adds to the others, and the model without all of "
-        "them would do better with learning rates of its own.",
+        "Sizes and learning rates were chosen for the model with all ideas and are the same in all "
+        "rows. The increase is what an idea contributes on top of the others; the model without "
+        "any of them would do better with its own learning rates.",
         *verdicts(lines),
     ]
 
@@ -216,7 +216,7 @@ def draw(panel: Axes, lines: list[IdeaLine], theme: Theme) -> None:
     panel.set_yticks(range(len(lines)), [f"without {line.left_out}" for line in lines])
     panel.invert_yaxis()
     bars = "; bars: two standard errors" if lines[0].after_steps.uncertainty is not None else ""
-    panel.set_xlabel(f"increase of the validation loss\n(nats per character{bars})")
+    panel.set_xlabel(f"increase in validation loss\n(nats per character{bars})")
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(length=0)
     panel.grid(axis="x", color=theme.faint, linewidth=0.6)

@@ -38,7 +38,7 @@ class Row(NamedTuple):
     """A row of the table: a stage, or a variant of it."""
 
     stage: str
-    new: str  # since the stage before
+    new: str  # what this stage adds
     preset: str = ""
     changes: tuple[tuple[str, Any], ...] = ()  # fields of its config, and their values
 
@@ -64,15 +64,15 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("bigram", "a table of character pairs"),
+    Row("bigram", "a table of bigram logits"),
     Row("self_attention", "one attention head"),
     Row("multihead_attention", "four heads"),
     Row("batched_attention", "the same heads in one matrix product"),
-    Row("feed_forward", "an MLP after them"),
+    Row("feed_forward", "an MLP after attention"),
     Row("residual", "three blocks with skip connections"),
     Row("residual", "the same without skip connections").changed(residual=False),
-    Row("layer_norm", "normalization before each sublayer"),
-    Row("layer_norm", "normalization after each sublayer").changed(norm="post"),
+    Row("layer_norm", "LayerNorm before each sublayer"),
+    Row("layer_norm", "LayerNorm after each addition").changed(norm="post"),
     Row("gpt", "scaled up, for a CPU", "small"),
     Row("gpt", "scaled up, for a GPU", "full"),
     Row("modern_gpt", "newer ideas, for a CPU", "small"),
@@ -190,7 +190,7 @@ class Terms:
         return asdict(replace(config, **changes, vocab_size=len(self.corpus.vocabulary)))
 
     def warning(self) -> str:
-        """Fewer steps than a stage is made for show little."""
+        """A warning if the runs are shorter than the stages are designed for."""
         own = replace(self, max_iters=None)
         rows = [row for row in self.to_train() if "max_iters" not in dict(row.changes)]
         usual = {own.config(row)["max_iters"] for row in rows}
@@ -198,8 +198,8 @@ class Terms:
             return ""
         instead = " to ".join(map(str, sorted({min(usual), max(usual)})))
         return (
-            f"This is a quick look, with {self.max_iters} steps instead of {instead}. Which model "
-            "is better shows only after all of them."
+            f"This is a quick look, with {self.max_iters} steps instead of {instead}. Only the "
+            "full number of steps shows which model is better."
         )
 
     def place(self, run: TrainedRun) -> Row | None:

@@ -15,7 +15,7 @@ from common import draw_batch
 from comparison.ideas import EQUAL_STEPS
 from comparison.runs import Terms
 from trainer.folder import write_whole
-from trainer.machine import Machine, MachineSettings, threads
+from trainer.machine import Machine, MachineSettings
 
 import torch
 
@@ -23,7 +23,7 @@ ROUNDS = 24
 
 
 def measure_step_times(terms: Terms, thread_count: int) -> dict[str, float]:
-    """Seconds per step without each idea: the shortest of many, taken in turns."""
+    """Seconds per step without each idea: the minimum over many interleaved trials."""
     device = torch.device(terms.device)
     machine = Machine(MachineSettings(), device, "auto")
     generator = torch.Generator().manual_seed(1)
@@ -36,20 +36,22 @@ def measure_step_times(terms: Terms, thread_count: int) -> dict[str, float]:
         trials[row.new] = model, modern_gpt.make_optimizers(model, config), idx, targets
     seconds = dict.fromkeys(trials, math.inf)
     order = list(trials.items())
-    with threads(thread_count):
-        for number in range(ROUNDS):
-            random.Random(number).shuffle(order)  # or one always follows the same other one
-            for name, (model, optimizers, idx, targets) in order:
-                synchronize(device)
-                began = time.perf_counter()
-                with machine.autocast():
-                    _, loss = model(idx, targets)
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                synchronize(device)
-                seconds[name] = min(seconds[name], time.perf_counter() - began)
+    before = torch.get_num_threads()
+    torch.set_num_threads(thread_count)
+    for number in range(ROUNDS):
+        random.Random(number).shuffle(order)  # so that the models' order varies
+        for name, (model, optimizers, idx, targets) in order:
+            synchronize(device)
+            began = time.perf_counter()
+            with machine.autocast():
+                _, loss = model(idx, targets)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            synchronize(device)
+            seconds[name] = min(seconds[name], time.perf_counter() - began)
+    torch.set_num_threads(before)
     return seconds
 
 

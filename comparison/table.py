@@ -77,7 +77,7 @@ class Line:
     parameters: int
     train_loss: float
     seconds: float
-    speed: float  # characters a second
+    speed: float  # characters per second
     before: Row | None = None  # the stage that it improves on
     improvement: Estimate | None = None
 
@@ -142,7 +142,7 @@ def improvement(before: list[float], after: list[float]) -> Estimate:
 Table = list[list[str]]  # the headings, then a row for each line
 TEXT_COLUMNS = ("run", "what is new", "left out")  # the others hold numbers
 DROPPED_FIRST = (
-    *("what is new", "characters a second", "bits per character", "train loss", "parameters"),
+    *("what is new", "characters per second", "bits per character", "train loss", "parameters"),
     *("seconds to train", "relative time", "after equal steps"),
 )
 
@@ -158,7 +158,7 @@ def table(lines: list[Line], entropy: float | None = None) -> Table:
         "train loss": lambda line: f"{line.train_loss:.3f}",
         "bits per character": lambda line: f"{line.loss.value / math.log(2):.3f}",
         "seconds to train": lambda line: f"{line.seconds:,.1f}",
-        "characters a second": lambda line: f"{line.speed:,.0f}",
+        "characters per second": lambda line: f"{line.speed:,.0f}",
     }
     if entropy:
         columns["above the entropy"] = lambda line: f"{line.loss.value - entropy:.3f}"
@@ -191,8 +191,8 @@ def notes(lines: list[Line], groups: dict[Row, list[TrainedRun]]) -> list[str]:
         "over the batches just before it.",
         f"Improvement: over the stage before, for variants too{''.join(dict.fromkeys(skips))}"
         f"{'; ± the standard error of the difference' if many else ''}.",
-        "Seconds: with evaluations, without start-up. Runs that compare.py trains share the cores, "
-        "and on a GPU the small stages share it.",
+        "Seconds include evaluations but not start-up. Runs that compare.py trains in parallel "
+        "share the CPU cores and, for the small stages, the GPU.",
     ]
 
 

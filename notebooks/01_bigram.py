@@ -208,12 +208,12 @@ print(f"counted table: {counted_loss:.3f} nats per character")
 # %%
 @dataclass
 class Config:
-    vocab_size: int = 65  # V: number of different characters in the text
+    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
     block_size: int = 8  # T: context length, in characters
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-2  # size of AdamW's steps
+    learning_rate: float = 1e-2  # AdamW's step size
 
 
 # %%
@@ -386,7 +386,7 @@ def main() -> None:
     model = Model(run.config).to(run.device)
     # fused: one kernel updates all parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    for idx, targets in run.batches(model, optimizer):  # (B, T) both, targets one step ahead
+    for idx, targets in run.batches(model, optimizer):  # (B, T) each; targets are shifted by one
         logits, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()

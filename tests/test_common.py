@@ -140,7 +140,7 @@ def test_a_failed_download_falls_back_to_pocket_play(page, data, server, monkeyp
     path = default_corpus()
     assert path == data / "pocket_play.txt"
     assert path.stat().st_size >= 1_000_000
-    (line,) = capsys.readouterr().err.splitlines()
+    line, _ = capsys.readouterr().err.splitlines()
     assert "Pocket Play" in line
     assert default_corpus() == path  # which is not written twice
     assert [path.name for path in data.iterdir()] == ["pocket_play.txt"]

@@ -232,7 +232,7 @@ def test_a_damaged_run_is_left_out(name, content, found, fake):
         ("--prompt 字", "--prompt"),
         ("--out text.txt", "cannot write text.txt"),
         ("--no-train --out text.txt", "cannot write text.txt"),
-        (f"--out {folder_of(Path(), 'bigram')}", "holds a run: name another folder with --out"),
+        (f"--out {folder_of(Path(), 'bigram')}", "holds a run: choose another folder with --out"),
         ("--modern --stages bigram,gpt", "leave out --stages"),
         ("--modern --no-train", "nothing to compare"),
     ],
@@ -275,7 +275,7 @@ def test_the_table_is_what_the_runs_logged(fake, compare):
         assert cells["train loss"] == f"{train:.3f}"
         assert cells["bits per character"] == f"{mean / np.log(2):.3f}"
         assert cells["seconds to train"] == f"{seconds.mean():,.1f}"
-        assert cells["characters a second"] == f"{tokens.sum() / seconds.sum():,.0f}"
+        assert cells["characters per second"] == f"{tokens.sum() / seconds.sum():,.0f}"
         stage = before.get(name.split()[0])
         if stage is None:
             assert cells["improvement"] == ""

@@ -135,8 +135,8 @@ def test_what_it_refuses_leaves_everything_as_it_was(run, small_run, monkeypatch
         ("is damaged", "damaged", "new"),
         ("--out", "gpt"),
         ("made by bigram.py", "bigram", "new"),
-        ("gpt is there already", "gpt", "gpt"),
-        ("text.txt is there already", "gpt", "text.txt"),
+        ("gpt already exists", "gpt", "gpt"),
+        ("text.txt already exists", "gpt", "text.txt"),
         ("cannot write ", "gpt", str(Path("text.txt", "gpt2"))),
         (f"cannot write {long}: ", "gpt", long),
     ):

@@ -142,7 +142,7 @@ def test_its_own_source_is_not_overwritten(sources, refused, tmp_path):
     source = sources("gpt")
     for folder in (source, f"{source}/../{source.name}"):
         flags = ["gpt", "--init-from", source, "--out", folder]
-        assert "already holds a run" in refused(*flags)
+        assert "has a run" in refused(*flags)
         assert "start from" in refused(*flags, "--overwrite")
     shutil.copytree(source, tmp_path / "runs" / "gpt")  # which is overwritten without --out
     assert "start from" in refused("gpt", "--init-from", Path("runs", "gpt"), "--overwrite")

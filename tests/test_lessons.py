@@ -187,7 +187,7 @@ def test_the_scripts_are_those_of_the_course():
 SIZES = {"B": 5, "T": 8, "C": 84, "H": 6, "D": 14, "V": 11}
 CACHED = 4  # this many characters are in a cache: attention sees S = T + CACHED of them
 BLOCK_SIZE = 13  # what T means where there is no text yet, in `__init__`
-SHAPE_COMMENT = re.compile(r"# \(([^()a-z]+)\)(?: (each|both)\b)?")
+SHAPE_COMMENT = re.compile(r"# \(([^()a-z]+)\)(?: (each)\b)?")
 
 
 def shape_comments(source: str) -> dict[int, re.Match]:
@@ -264,7 +264,7 @@ class ShapeWatch(ast.NodeTransformer):
     def compare(self, comment: re.Match, shapes: list, line: int, sizes: dict[str, int]) -> None:
         said, how_many = comment.groups()
         expected = eval(f"({said},)", {}, sizes)
-        enough = {"both": len(shapes) == 2, "each": len(shapes) > 2, None: len(shapes) == 1}
+        enough = {"each": len(shapes) > 1, None: len(shapes) == 1}
         if set(shapes) != {expected} or not enough[how_many]:
             self.complain(line, f"{comment[0]} would be {expected}, not {shapes}")
 

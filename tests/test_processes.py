@@ -47,7 +47,7 @@ class Torchrun:
         self.folder, self.started = folder, []
 
     def __call__(self, *flags: object, script: str | Path = ROOT / "gpt.py") -> subprocess.Popen:
-        words = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+        words = "-m torch.distributed.run --standalone --device cpu=2".split()
         process = subprocess.Popen(
             [sys.executable, *words, script, *map(str, flags)],
             cwd=self.folder,
@@ -272,5 +272,5 @@ def test_no_more_processes_than_gpus(kind, monkeypatch):
     monkeypatch.setattr(trainer.machine, "pick_device", lambda _="auto": torch.device(kind))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(kind == "cuda"))
     assert available_device("auto", World()) == torch.device(kind)
-    with pytest.raises(UserError, match="--nproc_per_node"):
+    with pytest.raises(UserError, match="--device cpu"):
         available_device("auto", Two())

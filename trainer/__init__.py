@@ -2,11 +2,11 @@
 
 import os
 
-# OpenMP's threads spin while they wait for each other, by default for so long that a step becomes
-# many times slower when another program needs a core. A shorter spin costs little on an idle
-# machine. PyTorch reads this when it loads, so a script imports `trainer` before anything else.
+# OpenMP threads busy-wait for each other, by default for so long that a step gets many times
+# slower when another program needs a core. A shorter spin costs little on an idle machine.
+# OpenMP reads this when PyTorch loads it, so scripts import `trainer` before `torch`.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "1500"
 
 from trainer.cli import UserError, cli
 from trainer.flags import Divides, Fraction, NonNegative, NonNegativeInt, PositiveFraction

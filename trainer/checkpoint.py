@@ -1,4 +1,4 @@
-"""Checkpoints: parts with `state_dict` and `load_state_dict`, to and from a file."""
+"""Checkpoints: save and load anything that has `state_dict` and `load_state_dict`."""
 
 import io
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common import LanguageModel
-from trainer.cli import UserError
+from trainer.cli import UserError, is_out_of_memory
 
 import torch
 
@@ -16,7 +16,7 @@ Checkpoint = dict[str, Any]
 
 
 def to_bytes(header: dict[str, Any], parts: dict[str, Any]) -> memoryview:
-    """A checkpoint as it will be in the file: what the run is, and the state of each part."""
+    """Serialize a checkpoint: a header that describes the run, and the state of each part."""
     buffer = io.BytesIO()
     states = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"format": FORMAT, **header, "parts": states}, buffer)
@@ -24,13 +24,13 @@ def to_bytes(header: dict[str, Any], parts: dict[str, Any]) -> memoryview:
 
 
 def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
-    """Give each part the state that it had."""
+    """Load the saved state into each part."""
     try:
         for name, part in parts.items():
             if state := checkpoint["parts"][name]:  # empty, if the part was switched off
                 part.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError):
-        raise changed_since(checkpoint) from None
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise (error if is_out_of_memory(error) else changed_since(checkpoint)) from None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -64,7 +64,7 @@ def changed_since(checkpoint: Checkpoint) -> UserError:
 
 @torch.no_grad()
 def adopt_weights(model: LanguageModel, config: Any, saved: Checkpoint, vocabulary: str) -> None:
-    """Start from another run's weights; characters that are new to it keep their fresh ones."""
+    """Copy another run's weights; characters that it lacks keep their initial ones."""
     before = type(model)(saved_config(type(config), saved)).eval()
     restore(saved, {"model": before})
     after, known = type(model)(config).eval(), len(saved["vocabulary"])
@@ -81,5 +81,5 @@ def adopt_weights(model: LanguageModel, config: Any, saved: Checkpoint, vocabula
         weights[name][torch.meshgrid(*index, indexing="ij")] = weight
     idx = torch.arange(min(after.block_size, before.block_size))[None] % known
     if not torch.allclose(after.double()(rows[idx])[0][..., rows], before.double()(idx)[0]):
-        raise misfit  # the same shapes, but another function of them
+        raise misfit  # same shapes, but a model that computes something else
     model.load_state_dict(weights)

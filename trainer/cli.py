@@ -17,8 +17,8 @@ class UserError(Exception):
 
 
 def cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an error that the user can fix is one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a text may hold any character, on any system
+    """Run a script's `main`; report a UserError in one line, with exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # texts may contain any Unicode character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
@@ -27,7 +27,9 @@ def cli(main: Callable[[], None]) -> None:
         message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else ""  # once is enough
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            message = "out of memory: make --batch-size, --block-size or --n-embd smaller"
+            message = "out of memory: lower --batch-size or --n-embd, or raise --grad-accumulation"
+        elif re.match(r"torch\._(dynamo|inductor)", type(error).__module__):
+            message = f"torch.compile fails; try --no-compile: {str(error)[:200]}"
         elif "WORLD_SIZE" in os.environ and re.search(LOST_PROCESS, str(error), re.I):
             message = "another process has ended; --resume continues from the last checkpoint"
         else:

@@ -40,7 +40,7 @@ class Corpus:
 
 
 def open_corpus(path: Path | None) -> Corpus:
-    """What --data names; None is Tiny Shakespeare or, without a network, Pocket Play."""
+    """Open the text of --data; None means Tiny Shakespeare or, offline, Pocket Play."""
     if path and path.is_dir():
         from prepare import open_prepared  # here, because a plain text needs none of it
 
@@ -48,7 +48,7 @@ def open_corpus(path: Path | None) -> Corpus:
     path = path or default_corpus()
     try:
         content = path.read_bytes()
-        text = content.decode("utf-8-sig")  # some editors start a file with an invisible mark
+        text = content.decode("utf-8-sig")  # without a byte-order mark
     except OSError as error:
         raise UserError(f"cannot read the text {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -71,9 +71,10 @@ def default_corpus() -> Path:
         raise UserError(f"{path} is not the Tiny Shakespeare of this course: {advice}")
     try:
         write_whole(path, download(TINY_SHAKESPEARE_URL, TINY_SHAKESPEARE_SHA256))
-        return path
     except (OSError, http.client.HTTPException, UserError) as error:
         reason = " ".join(str(error).split())
+    if path.exists():  # written here, or by another process at the same time
+        return path
     if not fallback.exists():
         write_whole(fallback, pocket_play.play().encode("utf-8"))
     if os.environ.get("RANK", "0") == "0":
@@ -91,5 +92,5 @@ def download(url: str, sha256: str, time_limit: float = 60) -> bytes:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the download took over {time_limit:.0f} seconds")
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ConnectionError("what came over the network is another file, or a damaged one")
+        raise ConnectionError("the downloaded file has the wrong SHA-256")
     return content

@@ -22,7 +22,7 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_main = self.rank == 0  # this one prints and writes
         if self.size > 1 and not dist.is_initialized():
-            # Loaded later, this would keep the group's threads alive after its end.
+            # Imported later, this would keep threads alive after the process group ends.
             import torch.distributed.nn.functional  # noqa: F401
 
             gpus = torch.cuda.is_available() and dist.is_nccl_available()
@@ -30,14 +30,14 @@ class World:
             atexit.register(dist.destroy_process_group)  # its threads must end before Python does
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, in all of them."""
+        """Send the main process's value to all processes."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """The main process does the work; all get its result, or end with its error."""
+        """Do `work` in the main process; all processes get its result, or raise its error."""
         result = error = None
         if self.is_main:
             try:
@@ -55,14 +55,16 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def average_gradients(self, model: nn.Module, flags: list[bool]) -> list[bool]:
-        """Average gradients over all processes; in the same message, tell each other the flags."""
-        if self.size == 1:
-            return flags
+    def any(self, flags: list[bool]) -> list[bool]:
+        """For each flag, whether it is set in any process."""
+        sums = self.all_reduce(torch.tensor(flags).float()) if self.size > 1 else flags
+        return [each > 0 for each in sums]
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """Average the gradients over all processes, in one message."""
         gradients = [each.grad for each in model.parameters() if each.grad is not None]
-        first = gradients[0].new_tensor(flags)
-        message = self.all_reduce(torch.cat([first, *(each.flatten() for each in gradients)]))
-        means = (message[len(flags) :] / self.size).split([each.numel() for each in gradients])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
-        return (message[: len(flags)] > 0).tolist()
+        if self.size > 1:
+            sums = self.all_reduce(torch.cat([each.flatten() for each in gradients]))
+            means = sums.div_(self.size).split([each.numel() for each in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))

@@ -27,14 +27,14 @@ class Divides(NamedTuple):
     field: str
 
 
-Fraction = Annotated[float, Limits(lambda x: 0 <= x < 1, "from 0 to below 1")]
-PositiveFraction = Annotated[float, Limits(lambda x: 0 < x <= 1, "above 0, at most 1")]
-NonNegative = Annotated[float, Limits(lambda x: 0 <= x < math.inf, "from 0 up")]
-NonNegativeInt = Annotated[int, Limits(lambda x: 0 <= x < 2**31, "from 0 up")]
-Seed = Annotated[int, Limits(lambda x: 0 <= x < 2**63, "from 0 up")]
-ORDINARY = {  # what a field without limits of its own accepts
-    int: Limits(lambda x: 1 <= x < 2**31, "from 1 up"),
-    float: Limits(lambda x: 0 < x < math.inf, "above 0"),
+Fraction = Annotated[float, Limits(lambda x: 0 <= x < 1, ">= 0 and < 1")]
+PositiveFraction = Annotated[float, Limits(lambda x: 0 < x <= 1, "> 0 and <= 1")]
+NonNegative = Annotated[float, Limits(lambda x: 0 <= x < math.inf, ">= 0")]
+NonNegativeInt = Annotated[int, Limits(lambda x: 0 <= x < 2**31, ">= 0")]
+Seed = Annotated[int, Limits(lambda x: 0 <= x < 2**63, ">= 0")]
+ORDINARY = {  # the limits of fields that declare none
+    int: Limits(lambda x: 1 <= x < 2**31, ">= 1"),
+    float: Limits(lambda x: 0 < x < math.inf, "> 0"),
 }
 
 
@@ -49,11 +49,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def add_fields(self, title: str, cls: type, presets: dict[str, Any] | None = None) -> None:
-        """A flag for each field, with its comment as help; flags not given leave no trace."""
+        """Add a flag for each field, with its comment as help; omitted flags set nothing."""
         group, hints = self.add_argument_group(title), typing.get_type_hints(cls, None, None, True)
         try:
-            comments = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(cls)))
-        except (OSError, TypeError):  # there is no source where it was typed in
+            comments = dict(
+                re.findall(
+                    r"(\w+): .*?# (.*)", "".join(map(inspect.getsource, cls.__mro__[-2::-1]))
+                )
+            )
+        except (OSError, TypeError):  # no source: defined interactively
             comments = {}
         for field in fields(cls):
             if field.name == "vocab_size":  # the text decides

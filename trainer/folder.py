@@ -1,4 +1,4 @@
-"""A run's folder: who owns it, and how its files are written."""
+"""A run's folder: claiming it, and writing its files atomically."""
 
 import contextlib
 import csv
@@ -26,11 +26,12 @@ class RunFolder:
         self.path = Path("runs", name) if overwrite and path is None else path
 
     def refuse_to_replace(self) -> None:
-        if self.path and holds_run(self.path) and not self.overwrite:
+        taken = self.path and any(os.path.exists(self.path / name) for name in RUN_FILES)
+        if taken and not self.overwrite:
             raise UserError(f"{self.path} has a run: add --resume or --overwrite, or change --out")
 
     def claim(self) -> Path:
-        """Make the folder, or empty it of an older run."""
+        """Create the folder, or delete an older run's files from it."""
         try:
             if self.path is None:
                 return make_free_folder(self.name)
@@ -61,10 +62,6 @@ def make_free_folder(name: str) -> Path:
             return path
 
 
-def holds_run(folder: Path) -> bool:
-    return any(os.path.exists(folder / name) for name in RUN_FILES)
-
-
 def newest_run(name: str) -> Path:
     """The run of a stage that was written last."""
     paths = [*Path("runs").glob(f"{name}/checkpoint.pt")]
@@ -92,8 +89,9 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())  # a power cut must not leave an empty file
         rename(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def rename(source: Path, target: Path, tries: int = 20) -> None:

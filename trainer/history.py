@@ -1,4 +1,4 @@
-"""What happened so far in a run: its step, its losses, its time."""
+"""A run's progress: its step, losses and time so far."""
 
 import math
 import time
@@ -19,7 +19,7 @@ class History:
         self.step = 0
         self.rows: list[dict[str, float]] = []
         self.loss_sum, self.loss_count = 0.0, 0.0  # of the batches since the last row
-        self.started = time.perf_counter()
+        self.started, self.seconds = time.perf_counter(), 0.0  # seconds of earlier sessions
         self.last_loss = math.nan
         self.pending: list[tuple[int, float, Tensor]] = []  # step, fraction of its batch, loss
 
@@ -28,8 +28,7 @@ class History:
         return state | {"seconds": time.perf_counter() - self.started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.started = time.perf_counter() - state["seconds"]
-        for name in ("step", "rows", "loss_sum", "loss_count"):
+        for name in ("step", "rows", "loss_sum", "loss_count", "seconds"):
             setattr(self, name, state[name])
 
     @property
@@ -57,6 +56,5 @@ class History:
         self.rows.append(row | {"seconds": time.perf_counter() - self.started})
         self.loss_sum, self.loss_count = 0.0, 0.0
 
-    def __str__(self) -> str:
-        """The last row."""
+    def last_line(self) -> str:
         return LINE.format(**self.rows[-1])

@@ -1,4 +1,4 @@
-"""Layers that equal PyTorch's but are faster on the machine at hand."""
+"""Dropout and attention, equivalent to PyTorch's but faster on a CPU."""
 
 import functools
 
@@ -13,8 +13,8 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not self.training or self.p == 0:
             return super().forward(x)
-        # A CPU draws random numbers slowly, so each one, of 64 bits, is cut into four of 16 bits,
-        # from -2**15 to 2**15 - 1. An activation is dropped if its number is among the lowest.
+        # Random numbers are slow on a CPU, so each 64-bit one is split into four 16-bit integers,
+        # -2**15 to 2**15 - 1. An activation is dropped if its integer is in the lowest fraction p.
         draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
         keep = draws >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
@@ -26,27 +26,27 @@ def attention(
 ) -> Tensor:
     """Causal attention: softmax(query @ key.T / √D + mask) @ value, with dropout on the weights.
 
-    The T queries have the last T of the S positions; each sees `window` positions up to its own.
+    The T queries are at the last T of S positions; each sees `window` positions up to its own.
     """
     (T, D), S = query.shape[-2:], key.shape[-2]
     on_gpu, window = query.device.type != "cpu", window or S
-    is_causal = on_gpu and T == S <= window  # the usual mask, which PyTorch knows by itself
+    is_causal = on_gpu and T == S <= window  # the standard mask, which PyTorch has built in
     mask = None
     if not is_causal and not (T == 1 and window >= S):  # one query may see all that is cached
         mask = causal_mask(T, S, window, query.dtype, query.device)
     if on_gpu:  # faster without storing the weights
         p = dropout.p if dropout.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
-    # A CPU is faster step by step, and when it scales the queries instead of the scores.
+    # On a CPU, explicit attention is faster, and so is scaling queries instead of scores.
     scores = (query * D**-0.5) @ key.transpose(-2, -1)  # (B, H, T, S)
     scores = scores if mask is None else scores + mask
     return dropout(F.softmax(scores, dim=-1)) @ value  # (B, H, T, D)
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a mask made while sampling may serve in training
+@torch.inference_mode(False)  # so that a mask cached while sampling works in training too
 def causal_mask(T: int, S: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What to add to the scores: 0 where a query may look, minus infinity elsewhere."""
+    """An additive mask: 0 where a query may attend, -inf elsewhere."""
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
     hidden = (distance < 0) | (distance >= window)  # (T, S)
     return torch.zeros(T, S, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))

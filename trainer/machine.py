@@ -1,22 +1,21 @@
-"""How a run computes: decided by what the machine is, never by timing, so that runs repeat."""
+"""Hardware settings: set by what the machine is, not by timing, so runs are reproducible."""
 
 import math
 import zlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from common import pick_device
-from trainer.cli import UserError, is_out_of_memory
+from trainer.cli import UserError
 from trainer.distributed import World
 
 import torch
 from torch import Tensor, nn
 
-CACHE_ACTIVATIONS = 2**19  # a micro-batch whose (B, T, C) is this large still fits a CPU's cache
-SMALL_STEP = 2**26  # parameters times tokens up to which a second thread waits more than it helps
+CACHE_ACTIVATIONS = 2**19  # B * T * C of a micro-batch that still fits in a CPU's cache
+SMALL_STEP = 2**26  # parameters * tokens; in smaller steps, more threads cost more than they save
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -27,9 +26,9 @@ class DeviceSettings:
 
 @dataclass
 class MachineSettings(DeviceSettings):
-    precision: Precision = "auto"  # dtype of matrix products (default: the machine's fastest)
+    precision: Precision = "auto"  # dtype of matrix products; auto: the fastest that trains well
     compile: bool | None = None  # whether to use torch.compile (default: on CUDA, with triton)
-    grad_accumulation: int = 1  # micro-batches per step, at least: more of them need less memory
+    grad_accumulation: int = 1  # minimum number of micro-batches per step; more need less memory
 
 
 class Machine:
@@ -42,8 +41,9 @@ class Machine:
         self.device = device
         self.dtype = fast_dtype(device) if name == "auto" else getattr(torch, name)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        can_compile = device.type == "cuda" and find_spec("triton") is not None
-        self.compiled = can_compile if settings.compile is None else settings.compile
+        self.compiled = bool(settings.compile)
+        if settings.compile is None and device.type == "cuda" and find_spec("triton"):
+            self.compiled = torch.cuda.get_device_capability(device) >= (7, 0)
         self.grad_accumulation = settings.grad_accumulation
         # In float16 small gradients would vanish: the loss is scaled up, then the gradients down.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -53,19 +53,8 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype) if mixed else nullcontext()
 
     def eager(self) -> AbstractContextManager:
-        """Inside, a compiled model runs as it is: new shapes would have to be compiled again."""
+        """A context that runs a compiled model eagerly, since new shapes would recompile it."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-
-    def prepare(self, model: nn.Module, trial: Callable[[], None]) -> None:
-        """Compile the model if it should be, and try a step."""
-        if self.compiled:
-            model.compile()
-        try:
-            trial()
-        except Exception as error:  # compilers fail in many ways
-            if not self.compiled or is_out_of_memory(error):
-                raise
-            raise UserError(f"torch.compile fails; try --no-compile: {str(error)[:200]}") from error
 
     def micro_batches(self, config: Any, world: World) -> int:
         """How many micro-batches to divide this process's rows of a batch into."""
@@ -85,20 +74,21 @@ class Machine:
         where[self.device.type].manual_seed(value)
 
     def send(self, tokens: Tensor) -> Tensor:
-        """To the device; from pinned memory, while the GPU goes on computing."""
-        pinned = tokens.contiguous().pin_memory() if self.device.type == "cuda" else tokens
-        return pinned.to(self.device, non_blocking=True)
+        """Copy to the device; on CUDA asynchronously, from pinned memory."""
+        if self.device.type != "cuda":
+            return tokens.to(self.device)
+        return tokens.contiguous().pin_memory().to(self.device, non_blocking=True)
 
 
 def available_device(name: str, world: World | None = None) -> torch.device:
     """The named device; with several processes on GPUs, this one's own."""
     device, world = pick_device(name), world or World()
     if device.type not in ("cpu", pick_device().type):
-        raise UserError(f"PyTorch finds no {name} device on this machine; try --device auto")
+        raise UserError(f"PyTorch finds no {name} device on this machine; try --device cpu")
     if world.size == 1 or device.type == "cpu":
         return device
     if (gpus := torch.cuda.device_count()) < world.local_size:
-        raise UserError(f"there are {gpus} CUDA GPUs; try --nproc_per_node={gpus} or --device cpu")
+        raise UserError(f"{world.local_size} processes, but {gpus} CUDA GPUs: try --device cpu")
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
 
@@ -110,9 +100,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if modern else torch.float16
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if has_bfloat16 else torch.float32  # other CPUs emulate it, slowly
+    return torch.bfloat16 if has_bfloat16 else torch.float32  # other x86 CPUs are slow at it
 
 
 def seed_for(*parts: object) -> int:
-    """A seed for each purpose: what is random in a step depends on nothing but these."""
+    """Derive a seed from `parts`, so that the randomness of a step depends on nothing else."""
     return zlib.crc32(" ".join(map(str, parts)).encode("utf-8"))

@@ -1,4 +1,4 @@
-"""What a run will do: decided, and refused if it cannot work, before it does anything."""
+"""What a run will do: decided and validated before it starts."""
 
 import sys
 from argparse import Namespace
@@ -23,13 +23,13 @@ Presets = dict[str, Any]
 
 @dataclass
 class RunSettings:
-    data: Path | None = None  # UTF-8 text to learn from, or a folder that prepare.py made
-    seed: Seed | None = None  # another seed, another run (default 1)
+    data: Path | None = None  # UTF-8 text to train on, or a folder that prepare.py made
+    seed: Seed | None = None  # random seed (default 1)
     out: Path | None = None  # the run's folder (default: the first free runs/NAME, runs/NAME-2, …)
     resume: bool = False  # continue the run in --out, or the newest one
     overwrite: bool = False  # replace the run in --out
-    init_from: Path | None = None  # start from the best weights of that run, with its settings
-    extend_vocabulary: bool = False  # with --init-from: add the characters that are new in the text
+    init_from: Path | None = None  # run whose best weights and settings to start from
+    extend_vocabulary: bool = False  # with --init-from: add the text's new characters
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Plan:
     def header(self) -> dict[str, Any]:
         """What the run's files say about it."""
         own = {each: getattr(self, each) for each in ("seed", "init_from", "changed_on_resume")}
-        machine = {"device": self.machine.device.type, "dtype": self.machine.dtype_name}
+        machine = {each: getattr(self.settings, each) for each in ("compile", "grad_accumulation")}
+        machine |= {"device": self.machine.device.type, "dtype": self.machine.dtype_name}
         text = {"name": self.corpus.name, "path": self.corpus.path, "sha256": self.corpus.sha256}
         return {"stage": self.name, "config": asdict(self.config), **own, **machine, "corpus": text}
 
@@ -71,9 +72,12 @@ def make_plan(
     settings, chosen = Settings(**given(options, Settings)), given(options, config_class)
     folder = RunFolder(name, settings.out, settings.overwrite)
     refuse_combinations(settings, presets, options.preset, world)
-    saved = world.on_main(lambda: read_saved(folder, settings))
+    folder, saved = world.on_main(lambda: read_saved(folder, settings))
     start = {"seed": 1, "device": "auto", "init_from": str(settings.init_from or "")}
-    start |= saved if settings.resume else {}
+    if settings.resume:
+        machine = {each: saved[each] for each in ("compile", "grad_accumulation")}
+        settings = replace(settings, **machine | given(options, MachineSettings))
+        start = saved
     device = start["device"] if settings.device == "auto" else settings.device
     device = available_device(device, world)
     preset = options.preset or preset_for(device.type) if presets and not saved else ""
@@ -84,11 +88,10 @@ def make_plan(
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
     seed = start["seed"] if settings.seed is None else settings.seed
     refuse_sizes(config, corpus, world)
-    now = asdict(config) | {"seed": seed}
-    changed = changes(saved, now, folder.path) if settings.resume else []
-    dtype = "auto" if presets else "float32"
+    changed = changes(saved, {"seed": seed} | asdict(config), folder) if settings.resume else []
+    dtype, settings.compile = ("auto", settings.compile) if presets else ("float32", False)
     if settings.resume and saved["device"] == device.type:
-        dtype = saved["dtype"]  # or the numbers would not go on as they were
+        dtype = saved["dtype"]  # or the losses would not continue as they were
     machine = Machine(settings, device, dtype)
     own = (folder, machine, corpus, tokenizer, start["init_from"], changed, preset)
     return Plan(name, settings, config, seed, *own), saved
@@ -123,31 +126,31 @@ def refuse_combinations(settings: Settings, presets: Presets, preset: str, world
         raise UserError("--extend-vocabulary needs --init-from and the run to start from")
 
 
-def read_saved(folder: RunFolder, settings: Settings) -> Checkpoint | None:
-    """The checkpoint to resume, or to take weights from; for a new run, none."""
+def read_saved(folder: RunFolder, settings: Settings) -> tuple[RunFolder, Checkpoint | None]:
+    """The folder, and the checkpoint to resume or to take weights from; for a new run, none."""
     if settings.resume:
         folder.path = folder.path or newest_run(folder.name)
         saved = read_checkpoint(folder.path / "checkpoint.pt")
     else:
         folder.refuse_to_replace()
         if not settings.init_from:
-            return None
+            return folder, None
         if folder.path and folder.path.resolve() == settings.init_from.resolve():
             raise UserError(f"{folder.path} is the run to start from: choose another --out")
         saved = read_checkpoint(settings.init_from / "best.pt")
     if saved["stage"] != folder.name:
         raise UserError(f"that run was made by {saved['stage']}.py, and this is {folder.name}.py")
-    return saved
+    return folder, saved
 
 
-def changes(saved: Checkpoint, now: dict[str, Any], path: Path) -> list[str]:
+def changes(saved: Checkpoint, now: dict[str, Any], folder: RunFolder) -> list[str]:
     """The flags that differ from the run so far; only how long it takes may change."""
     before, step = saved["config"] | {"seed": saved["seed"]}, saved["parts"]["history"]["step"]
     differ = [name for name in now if now[name] != before.get(name, now[name])]
     for name in differ:
         if name not in ("max_iters", "eval_interval"):
             was = f"{flag(name)} {before[name]}, not {now[name]}"
-            raise UserError(f"the run in {path} was made with {was}: resume it without that flag")
+            raise UserError(f"{folder.path} was made with {was}: resume it without that flag")
     if now["max_iters"] < step:
         raise UserError(f"the run is at step {step} already: --max-iters must be at least that")
     return sorted({*saved["changed_on_resume"], *map(flag, differ)})
@@ -156,13 +159,15 @@ def changes(saved: Checkpoint, now: dict[str, Any], path: Path) -> list[str]:
 def open_text(
     settings: Settings, saved: Checkpoint | None, world: World
 ) -> tuple[Corpus, Tokenizer]:
-    """The text, as ids of the characters that it and the saved weights have."""
+    """The corpus, and a tokenizer with the characters of the text and of the saved weights."""
     path, before = settings.data, saved["corpus"] if saved and settings.resume else None
     if before and path is None and before["sha256"] != TINY_SHAKESPEARE_SHA256:
         path = Path(before["path"])  # Tiny Shakespeare is found wherever it is now
+    if world.size > 1:
+        world.on_main(lambda: open_corpus(path).name)  # a download is for one process
     corpus = open_corpus(path)
     if before and corpus.sha256 != before["sha256"]:
-        raise UserError(f"{corpus.path} is not the text of this run, {before['path']} as it was")
+        raise UserError(f"{corpus.path} is not this run's text: restore {before['path']}")
     if corpus.sha256 != world.broadcast(corpus.sha256):
         raise UserError(f"{corpus.path} is not the same text in all processes")
     known = set(saved["vocabulary"] if saved else corpus.vocabulary)
@@ -182,5 +187,5 @@ def refuse_sizes(config: Any, corpus: Corpus, world: World) -> None:
         raise UserError(f"--batch-size must be divisible by the {world.size} processes")
     shorter = min(len(corpus.train), len(corpus.validation))
     if shorter <= config.block_size:
-        needs = f"--block-size {config.block_size} needs at least one more"
+        needs = f"--block-size {config.block_size} needs {config.block_size + 1}: reduce it"
         raise UserError(f"{corpus.path} is too short: a split has {shorter} characters, {needs}")

@@ -1,4 +1,4 @@
-"""One training run: everything around the training lines of a script."""
+"""One training run: everything a script needs besides its model and training step."""
 
 import json
 import math
@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-SECONDS_BETWEEN_SAVES, STEPS_BETWEEN_LOSSES = 300, 20  # to read a loss is to wait for the GPU
+SECONDS_BETWEEN_SAVES = 300
+STEPS_BETWEEN_LOSSES = 20  # reading a loss waits for the GPU
 Batch = tuple[Tensor, Tensor]  # idx and targets
 
 
@@ -40,8 +41,8 @@ class Run:
     """A training run, from the command line to the sample at its end.
 
     A script reads `config`, `device` and `step`, takes its batches from `batches`, gives every loss
-    to `log`, and calls `finish`. `presets` declares that a stage scales: its script then computes
-    under `autocast`, in `micro_batches`, and gets the flags for that.
+    to `log`, and calls `finish`. Passing `presets` marks a stage that scales up: its script uses
+    `autocast` and `micro_batches`, and gets the flags for them.
     """
 
     def __init__(
@@ -58,11 +59,9 @@ class Run:
         self.autocast = self.machine.autocast  # inside, matrix products are in the run's dtype
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
         self.model, self.optimizers, self.bar = None, (), tqdm(disable=True)
-        self.interrupted: list[int] = []  # the signals that asked this process to stop
-        self.signals = [False, False]  # whether to stop and whether to save after this step
         self.saved_step, self.save_due = 0, 0.0
-        self.first_step, self.computing = 0, 0.0  # seconds since then, without evaluations
-        self.fraction = 1.0  # how much of its batch the current micro-batch is
+        self.first_step, self.computing = 0, 0.0  # training seconds since first_step
+        self.fraction = 1.0  # the current micro-batch's fraction of its batch
         self.all_threads, self.micro_batch_count = torch.get_num_threads(), 1
         if presets:
             self.micro_batch_count = self.machine.micro_batches(self.config, self.world)
@@ -73,12 +72,13 @@ class Run:
         return self.history.step
 
     def batches(self, model: LanguageModel, *optimizers: torch.optim.Optimizer) -> Iterator[Batch]:
-        """Yield batches to train on; in between evaluate, save, and heed Ctrl-C."""
+        """Yield training batches; between them, evaluate, save, and handle Ctrl-C."""
         self.model, self.optimizers = model, optimizers
+        self.parts |= {"model": model, **{f"optimizer {i}": o for i, o in enumerate(optimizers)}}
         total, quiet = self.config.max_iters, None if self.world.is_main else True
         step_threads = self.machine.threads(model, self.config)
         self.bar = tqdm(total=total, disable=quiet, unit="step")  # None: shown on a terminal only
-        with interrupts() as self.interrupted, self.bar:
+        with interrupts() as received, self.bar:
             self.start()
             while self.step < total:
                 began = time.perf_counter()
@@ -90,35 +90,35 @@ class Run:
                     torch.set_num_threads(self.all_threads)
                 self.history.step += 1
                 self.bar.update()
-                if self.world.size == 1:  # otherwise the gradients brought the signals of all
-                    self.signals = self.own_signals()
-                if self.step % STEPS_BETWEEN_LOSSES == 0:
+                due = self.step % self.config.eval_interval == 0 or self.step == total
+                if due or self.step % STEPS_BETWEEN_LOSSES == 0:
                     self.read_losses()
                 self.computing += time.perf_counter() - began
-                if self.step % self.config.eval_interval == 0 or self.step == total:
+                stop, save = self.world.any([bool(received), time.perf_counter() > self.save_due])
+                if due:
                     self.evaluate()
                     self.save()
-                    self.say(str(self.history))
-                elif any(self.signals):
+                    self.say(self.history.last_line())
+                elif stop or save:
                     self.save()
-                if self.signals[0] and self.step < total:
+                if stop and self.step < total:
                     self.bar.close()
                     self.say(f"stopped at step {self.step}; to resume: {resume_command(self)}")
                     raise SystemExit(130)
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Divide a batch into parts that fit in memory or cache: idx, targets and their weight.
+        """Split a batch into micro-batches that fit in memory or cache: idx, targets and weight.
 
-        The weight is the part's fraction of the batch, in float16 times the loss scale. After the
-        last part, the gradients are averaged over all processes, and scaled back.
+        The weight is the fraction of the batch, times the loss scale in float16. After the last
+        micro-batch, gradients are averaged over all processes and unscaled.
         """
         scaler = self.machine.scaler
         parts = zip(*(half.tensor_split(self.micro_batch_count) for half in batch), strict=True)
         for idx, targets in parts:
             self.fraction = len(idx) / len(batch[0])
-            yield idx, targets, scaler.scale(torch.tensor(self.fraction, device=self.device))
+            yield idx, targets, scaler.scale(torch.full((), self.fraction, device=self.device))
         self.fraction = 1.0
-        self.signals = self.world.average_gradients(self.model, self.own_signals())
+        self.world.average_gradients(self.model)
         if scaler.is_enabled():
             before = scaler.get_scale()
             for optimizer in self.optimizers:
@@ -127,11 +127,8 @@ class Run:
             if scaler.get_scale() < before:  # a gradient overflowed: this step is skipped,
                 self.model.zero_grad()  # since optimizers ignore weights without a gradient
 
-    def own_signals(self) -> list[bool]:
-        return [bool(self.interrupted), time.perf_counter() > self.save_due]
-
     def log(self, loss: Tensor) -> None:
-        """Count the loss of a batch, or of a micro-batch, towards the next row of losses.csv."""
+        """Add the loss of a batch or micro-batch to the next row of losses.csv."""
         self.history.pending.append((self.step + 1, self.fraction, loss.detach()))
 
     def finish(self) -> None:
@@ -156,25 +153,28 @@ class Run:
     def start(self) -> None:
         """Load what was saved, try a step, evaluate; only then claim the folder and write."""
         plan, parameters = self.plan, sum(each.numel() for each in self.model.parameters())
-        optimizers = {f"optimizer {i}": each for i, each in enumerate(self.optimizers)}
-        self.parts |= {"model": self.model, **optimizers}
         several = f"{self.world.size} processes" if self.world.size > 1 else ""
         preset = plan.preset and f"preset {plan.preset}"
         details = (self.device.type, self.machine.dtype_name, preset, several)
         length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} characters"
         self.say(f"{plan.name}: {parameters:,} parameters, {', '.join(filter(None, details))}")
-        self.say(f"{plan.corpus.name}: {length}, {self.config.vocab_size} different")
+        self.say(f"{plan.corpus.name}: {length}, {self.config.vocab_size} distinct")
         if plan.settings.resume:
             restore(self.saved, self.parts)
-            (self.folder.path / "sample.txt").unlink(missing_ok=True)  # no longer finished
+            if self.world.is_main:
+                (self.folder.path / "sample.txt").unlink(missing_ok=True)  # no longer finished
         elif self.saved:
             adopt_weights(self.model, self.config, self.saved, plan.tokenizer.vocabulary)
             self.say(f"starts from the weights of {plan.init_from}")
         self.saved = None  # frees its memory
-        self.machine.prepare(self.model, self.try_step)
-        self.first_step = self.bar.n = self.step
+        weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
+        self.model.load_state_dict(self.world.broadcast(weights))  # if machines round differently
+        if self.machine.compiled:
+            self.model.compile()
+        self.try_step()
+        self.first_step = self.bar.n = self.bar.initial = self.step
+        self.history.started = time.perf_counter() - self.history.seconds
         if not plan.settings.resume:
-            self.history.started = time.perf_counter()
             self.evaluate()
             self.folder.path = self.world.on_main(self.folder.claim)
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -183,10 +183,10 @@ class Run:
         content = json.dumps(config, indent=2).encode("utf-8")
         self.world.on_main(lambda: write_whole(self.folder.path / "config.json", content))
         self.save()
-        self.say(f"run folder {self.folder.path}\n{self.history}")
+        self.say(f"run folder {self.folder.path}\n{self.history.last_line()}")
 
     def try_step(self) -> None:
-        """The passes of one micro-batch, to run out of memory now if ever; they leave no trace."""
+        """Dry run of one micro-batch: if memory runs out, it does so now; changes nothing."""
         idx, targets = (half.tensor_split(self.micro_batch_count)[0] for half in self.batch(0))
         with self.autocast():
             _, loss = self.model(idx, targets)
@@ -196,8 +196,8 @@ class Run:
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch; dropout is seeded for that step too."""
         config, corpus, rank, size = self.config, self.plan.corpus, self.world.rank, self.world.size
-        random = torch.Generator().manual_seed(seed_for(self.plan.seed, step, "batch"))
-        batch = draw_batch(corpus.train, config.block_size, config.batch_size, random)
+        generator = torch.Generator().manual_seed(seed_for(self.plan.seed, step, "batch"))
+        batch = draw_batch(corpus.train, config.block_size, config.batch_size, generator)
         self.machine.seed(seed_for(self.plan.seed, step, rank))
         return tuple(self.machine.send(corpus.ids(half[rank::size])) for half in batch)
 
@@ -209,7 +209,6 @@ class Run:
 
     def evaluate(self) -> None:
         """Add a row to losses.csv."""
-        self.read_losses()
         corpus, history = self.plan.corpus, self.history
         parts = [corpus.validation]
         if not history.loss_count:  # no batch so far: as much text as there is for validation
@@ -238,7 +237,7 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print above the progress bar."""
-        if self.world.is_main and line:
+        if self.world.is_main:
             self.bar.write(line)
 
 
@@ -261,11 +260,13 @@ def interrupts() -> Iterator[list[int]]:
 
     def receive(number: int, _: object) -> None:
         received.append(number)
-        if os.environ.get("RANK", "0") == "0":  # os.write, because print may not be called here
+        if os.environ.get("RANK", "0") == "0":  # os.write: print is unsafe in a signal handler
             os.write(2, b"\nstopping after this step; once more stops at once\n")
         signal.signal(number, before[number])
 
-    before = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, receive)
     try:
         yield received
     finally:

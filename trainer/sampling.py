@@ -14,11 +14,11 @@ from torch import nn
 class SampleSettings:
     prompt: str = ""  # text to continue
     sample_length: int = 500  # number of characters to add
-    temperature: NonNegative = 1.0  # 0 always takes the most likely character, above 1 is wilder
+    temperature: NonNegative = 1.0  # 0 takes the most likely character, above 1 is more random
     top_k: int | None = None  # sample from the N most likely characters only
 
     def start_of_text(self, tokenizer: Tokenizer) -> str:
-        """The prompt, checked; without one, the start of a line."""
+        """The validated prompt; by default a newline, which starts a line."""
         if unknown := "".join(sorted(set(self.prompt) - tokenizer.ids.keys())):
             raise UserError(f"--prompt has characters that the training text lacks: {unknown!r}")
         return self.prompt or ("\n" if "\n" in tokenizer.ids else tokenizer.vocabulary[0])
@@ -26,9 +26,9 @@ class SampleSettings:
 
 def print_sample(model: LanguageModel, tokenizer: Tokenizer, how: SampleSettings, seed: int) -> str:
     """Print the prompt and its continuation, character by character; return both."""
-    text, random = how.start_of_text(tokenizer), torch.Generator().manual_seed(seed)
+    text, generator = how.start_of_text(tokenizer), torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(text)[-model.block_size :]
-    sampled = model.generate(ids, how.temperature, how.top_k, random)
+    sampled = model.generate(ids, how.temperature, how.top_k, generator)
     print(text, end="")
     for _, i in zip(range(how.sample_length), sampled, strict=False):
         text += tokenizer.decode([i])
@@ -38,7 +38,7 @@ def print_sample(model: LanguageModel, tokenizer: Tokenizer, how: SampleSettings
 
 
 def store_by_columns(model: nn.Module) -> None:
-    """The same matrices in another memory order, in which a CPU multiplies single rows faster."""
+    """Store weights column by column, which makes vector-matrix products faster on a CPU."""
     for part in model.modules():
         if isinstance(part, nn.Linear) and part.weight.device.type == "cpu":
             part.weight.data = part.weight.data.t().contiguous().t()
