@@ -199,7 +199,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(run.step, run.config)
         optimizer.zero_grad()
-        for idx, targets, weight in run.micro_batches(batch):  # idx, targets: (B, T)
+        for idx, targets, weight in run.micro_batches(batch):  # weight: fraction of the batch
             with run.autocast():  # mixed precision: matrix products in the run's dtype
                 logits, loss = model(idx, targets)
             (weight * loss).backward()

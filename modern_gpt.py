@@ -267,16 +267,16 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     """Muon for the matrices in the blocks, AdamW for everything else."""
     vectors = [p for p in model.parameters() if p.dim() == 1]
     matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
-    inner = [p for name, p in matrices if name.startswith("blocks.")]
-    outer = [p for name, p in matrices if not name.startswith("blocks.") or not config.muon]
-    groups = [{"params": outer}, {"params": vectors, "weight_decay": 0.0}]
+    for_muon = [p for name, p in matrices if config.muon and name.startswith("blocks.")]
+    for_adamw = [p for name, p in matrices if not (config.muon and name.startswith("blocks."))]
+    groups = [{"params": for_adamw}, {"params": vectors, "weight_decay": 0.0}]
     lr, weight_decay = config.learning_rate, config.weight_decay
     # beta2 = 0.99 averages squared gradients over ~100 steps; PyTorch's 0.999 adapts too slowly.
     adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     if not config.muon:
         return [adamw]
     muon = torch.optim.Muon(
-        inner,
+        for_muon,
         lr=config.muon_learning_rate,
         weight_decay=weight_decay,
         momentum=config.muon_momentum,
@@ -305,7 +305,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * learning_rate_factor(run.step, run.config)
             optimizer.zero_grad()
-        for idx, targets, weight in run.micro_batches(batch):  # idx, targets: (B, T)
+        for idx, targets, weight in run.micro_batches(batch):  # weight: fraction of the batch
             with run.autocast():  # mixed precision: matrix products in the run's dtype
                 logits, loss = model(idx, targets)
             (weight * loss).backward()

@@ -75,9 +75,9 @@ class Machine:
 
     def send(self, tokens: Tensor) -> Tensor:
         """Copy to the device; on CUDA asynchronously, from pinned memory."""
-        if self.device.type != "cuda":
-            return tokens.to(self.device)
-        return tokens.contiguous().pin_memory().to(self.device, non_blocking=True)
+        on_cuda = self.device.type == "cuda"
+        pinned = tokens.contiguous().pin_memory() if on_cuda else tokens
+        return pinned.to(self.device, non_blocking=on_cuda)
 
 
 def available_device(name: str, world: World | None = None) -> torch.device:

@@ -18,8 +18,6 @@ from trainer.sampling import SampleSettings
 
 import torch
 
-Presets = dict[str, Any]
-
 
 @dataclass
 class RunSettings:
@@ -63,7 +61,7 @@ class Plan:
 
 
 def make_plan(
-    config_class: type, presets: Presets, argv: list[str] | None, name: str | None, world: World
+    config_class: type, presets: dict, argv: list[str] | None, name: str | None, world: World
 ) -> tuple[Plan, Checkpoint | None]:
     """The plan, and the checkpoint that the run resumes or takes its weights from."""
     module = sys.modules[config_class.__module__]
@@ -97,7 +95,7 @@ def make_plan(
     return Plan(name, settings, config, seed, *own), saved
 
 
-def parse(doc: str, config_class: type, presets: Presets, argv: list[str] | None) -> Namespace:
+def parse(doc: str, config_class: type, presets: dict, argv: list[str] | None) -> Namespace:
     parser = Parser(doc)
     parser.set_defaults(preset="")
     if presets:
@@ -113,7 +111,7 @@ def preset_for(device: str) -> str:
     return "small" if device == "cpu" else "full"
 
 
-def refuse_combinations(settings: Settings, presets: Presets, preset: str, world: World) -> None:
+def refuse_combinations(settings: Settings, presets: dict, preset: str, world: World) -> None:
     starts = {"--overwrite": settings.overwrite, "--init-from": settings.init_from}
     starts = [name for name, value in (starts | {"--preset": preset}).items() if value]
     if world.size > 1 and not presets:

@@ -161,8 +161,7 @@ class Run:
         self.say(f"{plan.corpus.name}: {length}, {self.config.vocab_size} distinct")
         if plan.settings.resume:
             restore(self.saved, self.parts)
-            if self.world.is_main:
-                (self.folder.path / "sample.txt").unlink(missing_ok=True)  # no longer finished
+            self.world.on_main(lambda: (self.folder.path / "sample.txt").unlink(missing_ok=True))
         elif self.saved:
             adopt_weights(self.model, self.config, self.saved, plan.tokenizer.vocabulary)
             self.say(f"starts from the weights of {plan.init_from}")

@@ -29,11 +29,14 @@ def print_sample(model: LanguageModel, tokenizer: Tokenizer, how: SampleSettings
     text, generator = how.start_of_text(tokenizer), torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(text)[-model.block_size :]
     sampled = model.generate(ids, how.temperature, how.top_k, generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one position at a time is too little work for more
     print(text, end="")
     for _, i in zip(range(how.sample_length), sampled, strict=False):
         text += tokenizer.decode([i])
         print(text[-1], end="", flush=True)
     print()
+    torch.set_num_threads(threads)
     return text
 
 
