@@ -81,7 +81,7 @@ class Config:
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # AdamW's step size; bigram.py's 1e-2 is too large for deeper models
+    learning_rate: float = 1e-3  # AdamW's step size; bigram.py's 1e-2 is too large for deep models
 
 
 # %% [markdown]
