@@ -56,7 +56,7 @@ def stage_module(name: str) -> ModuleType:
     """Import a stage's script; only one next to this file is accepted."""
     if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
         module = importlib.import_module(name)
-        if hasattr(module, "Model"):
+        if any(model.__module__ == name for model in LanguageModel.__subclasses__()):
             return module
     raise UserError(f"this run was made by {name}.py, and no such stage is beside sample.py")
 

@@ -129,7 +129,7 @@ print(f"50,000 characters have become {len(tokens):,} tokens")
 # ## Split, blocks, batches
 #
 # The first 90 % of the text is for training. The rest is kept back: what a model has never seen
-# tells whether it has learned the language or the text by heart.
+# tells whether it has learned the language or memorized the text.
 
 # %%
 tokenizer = Tokenizer(text)

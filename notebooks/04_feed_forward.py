@@ -500,16 +500,16 @@ for following, (unit, loudest, strength) in list(rules.items())[:8]:
 
 # %%
 class AnyFeedForward(nn.Module):
-    """FeedForward with any width, and with any bend or none."""
+    """FeedForward with any width, and any activation or none."""
 
-    def __init__(self, config: Config, width: int, bend: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, config: Config, width: int, activation: Callable) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.n_embd, width)
         self.down_proj = nn.Linear(width, config.n_embd)
-        self.bend = bend
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.bend(self.up_proj(x)))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 def no_bend(x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def make_plan(
 ) -> tuple[Plan, Checkpoint | None]:
     """The plan, and the checkpoint that the run resumes or takes its weights from."""
     module = sys.modules[config_class.__module__]
-    name = name or Path(getattr(module, "__file__", "notebook")).stem
+    name = name or Path(vars(module).get("__file__", "notebook")).stem
     options = parse(module.__doc__ or "", config_class, presets, argv)
     settings, chosen = Settings(**given(options, Settings)), given(options, config_class)
     folder = RunFolder(name, settings.out, settings.overwrite)
