@@ -61,7 +61,7 @@ from comparison.table import (
 )
 from data.pocket_play import known_entropy
 from trainer.corpus import open_corpus
-from trainer.flags import Parser, given, options_for
+from trainer.flags import Parser, given, options_for, path_of
 from trainer.folder import RUN_FILES, rename
 from trainer.machine import DeviceSettings, available_device
 from trainer.sampling import SampleSettings
@@ -222,10 +222,10 @@ def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
         "--stages",
+        nargs="+",
         type=stages,
-        default=STAGES,
-        metavar="NAMES",
-        help="stages to compare, such as bigram,residual (default: all, with their variants)",
+        metavar="NAME",
+        help="stages to compare, such as bigram residual (default: all, with their variants)",
     )
     parser.add_argument(
         "--seeds",
@@ -234,7 +234,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="UTF-8 text to train on, or a folder that prepare.py made",
     )
@@ -249,23 +249,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-train", action="store_true", help="compare only the runs that exist")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_of,
         metavar="DIR",
         help=f"folder for table, curves and report (default: {RUNS / 'TEXT_NAME'})",
     )
     parser.add_fields("the machine", DeviceSettings)
     parser.add_fields("the samples", SampleSettings)
-    return parser.parse_args()
+    options = parser.parse_args()
+    named = set(itertools.chain(*(options.stages or [STAGES])))
+    options.stages = tuple(stage for stage in STAGES if stage in named)
+    return options
 
 
 def stages(text: str) -> tuple[str, ...]:
-    names = [name.strip().removesuffix(".py") for name in text.split(",")]
+    names = [name.strip().removesuffix(".py") for name in text.split(",") if name.strip()]
     for name in names:
         if name not in STAGES:
             raise argparse.ArgumentTypeError(
                 f"{name!r} is not a stage; the stages are {', '.join(STAGES)}"
             )
-    return tuple(stage for stage in STAGES if stage in names)
+    return tuple(names)
 
 
 def main() -> None:
@@ -364,7 +367,7 @@ def train_missing(terms: Terms, found: Found) -> tuple[Found, list[str]]:
 
 def make_folder(out: Path) -> None:
     """For the comparison's files; its losses.csv must not replace that of a run."""
-    if (out / "config.json").exists() or (out / "checkpoint.pt").exists():
+    if any(os.path.exists(out / name) for name in ("config.json", "checkpoint.pt")):
         raise UserError(f"{out} holds a run: choose another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from common import Tokenizer
 from gpt import Config
 from sample import rebuild
 from trainer.checkpoint import read_checkpoint, saved_config
-from trainer.flags import Parser
+from trainer.flags import Parser, path_of
 from trainer.folder import rename
 
 import torch
@@ -136,8 +136,8 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="such as runs/gpt")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="a new folder")
+    parser.add_argument("folder", type=path_of, metavar="RUN_FOLDER", help="such as runs/gpt")
+    parser.add_argument("--out", type=path_of, metavar="DIR", required=True, help="a new folder")
     options = parser.parse_args()
 
     checkpoint = read_checkpoint(options.folder / "best.pt")

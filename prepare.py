@@ -22,12 +22,13 @@ from typing import Any
 
 from trainer import UserError, cli
 from common import split_index
-from trainer.corpus import Corpus
-from trainer.flags import Parser
+from trainer.corpus import Batch, Corpus
+from trainer.flags import Parser, path_of
 from trainer.folder import rename
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 FORMAT = "character-gpt-course-data-1"
@@ -162,27 +163,47 @@ def code_points(texts: list[Path], sources: list[dict], bar: tqdm) -> Iterator[n
         sources.append({"name": path.name, "bytes": size, "sha256": digest.hexdigest()})
 
 
-def open_prepared(folder: Path) -> Corpus:
-    """Open a prepared folder as a corpus; its token ids are memory-mapped, not loaded."""
+class PreparedCorpus(Corpus):
+    """A corpus whose training split stays on disk, where something may happen to it."""
+
+    def draw(self, block_size: int, batch_size: int, generator: torch.Generator) -> Batch:
+        # Reading past the end of a file that has shrunk would end the process without a word.
+        path = Path(self.path, "train.bin")
+        if path.exists() and path.stat().st_size < len(self.train) * ID_DTYPE.itemsize:
+            raise UserError(f"{path} has shrunk while it was in use: restore it, then --resume")
+        return super().draw(block_size, batch_size, generator)
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        if len(tokens) and int(tokens.long().max()) >= len(self.vocabulary):
+            raise UserError(f"{self.path} has token ids beyond its vocabulary: prepare it again")
+        return super().ids(tokens)
+
+
+def open_prepared(folder: Path, verify: bool = False) -> Corpus:
+    """Open a prepared folder as a corpus; its training split is memory-mapped, not loaded.
+
+    Checks sizes and the small validation split; with `verify`, the whole training split too.
+    """
     try:
         content = (folder / "meta.json").read_bytes()
         meta = json.loads(content)
         vocabulary, counts = meta["vocabulary"], meta["characters"]
         training = np.memmap(folder / "train.bin", ID_DTYPE, mode="r")
-        validation = np.memmap(folder / "val.bin", ID_DTYPE, mode="r")
-        fits = (  # sizes only: to hash it all would take too long
+        validation = np.fromfile(folder / "val.bin", ID_DTYPE)
+        fits = (
             meta["format"] == FORMAT
             and counts == characters(len(training) + len(validation), len(vocabulary))
             and counts["train"] == len(training)
             and vocabulary == "".join(sorted(set(vocabulary)))
-            and validation.max() < len(vocabulary)
+            and sha256_of(folder / "val.bin") == meta["sha256"]["val.bin"]
+            and (not verify or sha256_of(folder / "train.bin") == meta["sha256"]["train.bin"])
         )
-        problem = None if fits else "its files are inconsistent, or from another version"
+        problem = None if fits else "its files have changed, or are from another version"
     except (FileNotFoundError, NotADirectoryError) as error:
         problem = f"it has no {Path(error.filename).name}"
     except OSError as error:
         problem = f"{error.filename}: {error.strerror}"
-    except (ValueError, LookupError, TypeError):  # which one depends on where it is damaged
+    except (ValueError, LookupError, TypeError, RecursionError):  # depends on the damage
         problem = "its files are damaged"
     if problem:
         raise UserError(
@@ -193,14 +214,27 @@ def open_prepared(folder: Path) -> Corpus:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = torch.from_numpy(training), torch.from_numpy(validation)
     name, sha256 = folder.resolve().name, hashlib.sha256(content).hexdigest()
-    return Corpus(name, str(folder.resolve()), sha256, vocabulary, *tensors)
+    return PreparedCorpus(name, str(folder.resolve()), sha256, vocabulary, *tensors)
+
+
+def sha256_of(path: Path) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    what = f"checking {path.name}"
+    with (
+        path.open("rb") as file,
+        tqdm(total=size, desc=what, unit="B", delay=2, disable=None) as bar,
+    ):
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="a UTF-8 text")
+    parser.add_argument("texts", nargs="+", type=path_of, metavar="TEXT", help="a UTF-8 text")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new folder to write"
+        "--out", type=path_of, required=True, metavar="DIR", help="new folder to write"
     )
     options = parser.parse_args()
 

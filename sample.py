@@ -15,11 +15,9 @@ from typing import Any
 from trainer import UserError, cli
 from common import LanguageModel, Tokenizer
 from trainer.checkpoint import read_checkpoint, restore, saved_config
-from trainer.flags import Parser, Seed, given, options_for
+from trainer.flags import Parser, Seed, given, options_for, path_of
 from trainer.machine import DeviceSettings, available_device
-from trainer.sampling import SampleSettings, print_sample, store_by_columns
-
-import torch
+from trainer.sampling import SampleSettings, continuation, store_by_columns
 
 
 def load(folder: str | Path, device: str = "auto") -> tuple[LanguageModel, Tokenizer]:
@@ -46,15 +44,13 @@ def generate(
     seed: int = 1,
 ) -> Iterator[str]:
     """Yield `length` characters that continue the prompt, each as soon as it is sampled."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = tokenizer.encode(SampleSettings(prompt).start_of_text(tokenizer))[-model.block_size :]
-    for i in itertools.islice(model.generate(ids, temperature, top_k, generator), length):
-        yield tokenizer.decode([i])
+    how = SampleSettings(prompt, length, temperature, top_k)
+    return itertools.islice(continuation(model, tokenizer, how, seed), 1, None)
 
 
 def stage_module(name: str) -> ModuleType:
     """Import a stage's script; only one next to this file is accepted."""
-    if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
+    if Path(name).name == name and Path(__file__).with_name(f"{name}.py").exists():
         module = importlib.import_module(name)
         if any(model.__module__ == name for model in LanguageModel.__subclasses__()):
             return module
@@ -63,7 +59,7 @@ def stage_module(name: str) -> ModuleType:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="such as runs/gpt")
+    parser.add_argument("folder", type=path_of, metavar="RUN_FOLDER", help="such as runs/gpt")
     parser.add_fields("the sample", SampleSettings)
     parser.add_fields("the machine", DeviceSettings)
     words = "random seed for sampling (default: the run's own)"
@@ -73,7 +69,10 @@ def main() -> None:
     checkpoint = read_checkpoint(options.folder / "best.pt")
     model, tokenizer = rebuild(checkpoint, DeviceSettings(**given(options, DeviceSettings)).device)
     seed = checkpoint["seed"] if options.seed is None else options.seed
-    print_sample(model, tokenizer, SampleSettings(**given(options, SampleSettings)), seed)
+    how = SampleSettings(**given(options, SampleSettings))
+    for piece in continuation(model, tokenizer, how, seed):
+        print(piece, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from trainer import UserError
 from sample import stage_module
 from trainer.corpus import Corpus
 from trainer.flags import flag
-from trainer.folder import COLUMNS
+from trainer.history import COLUMNS
 from trainer.plan import preset_for
 
 STAGES = (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.runs import Row, Terms
-from trainer.folder import losses_csv
+from trainer.history import losses_csv
 
 PARAMETERS = 1234
 

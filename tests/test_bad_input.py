@@ -5,7 +5,6 @@ import importlib
 import io
 import pickle
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,22 +206,13 @@ def test_a_stage_that_has_changed_since(small_run, refused, tmp_path):
         ("checkpoint.pt", ["gpt", "--resume", "--out", "run"]),
     ):
         good = torch.load(tmp_path / "run" / name, weights_only=True)
-        for changed in ({"wings": 2}, {"n_embd": 16}):
-            changed = good | {"config": good["config"] | changed}
-            torch.save(changed, tmp_path / "run" / name)
-            assert "gpt.py has changed" in refused(*flags)
+        torch.save(good | {"config": good["config"] | {"n_embd": 16}}, tmp_path / "run" / name)
+        complaint = refused(*flags)
+        assert "does not fit gpt.py" in complaint and "embedding.weight" in complaint
         torch.save(good, tmp_path / "run" / name)
 
 
 # Memory, numbers, the disk.
-
-
-@pytest.mark.parametrize("n_embd", [2_000_000_000, 2_000_000])  # the first is no size at all
-def test_out_of_memory(n_embd, refused):
-    if n_embd < 10_000_000 and sys.platform != "linux":
-        pytest.skip("that much might be granted there")
-    complaint = refused("gpt", "--n-head", 1, "--n-layer", 1, "--n-embd", n_embd)
-    assert "out of memory" in complaint and "--batch-size" in complaint
 
 
 def test_out_of_memory_in_the_first_step_keeps_the_old_run(small_run, tmp_path, monkeypatch):
@@ -235,7 +225,8 @@ def test_out_of_memory_in_the_first_step_keeps_the_old_run(small_run, tmp_path, 
         return forward(self, *arguments)
 
     monkeypatch.setattr(gpt.Model, "forward", greedy)
-    for flags in (["--out", "run", "--overwrite"], ["--out", "another"], []):
+    resume = ["--out", "run", "--resume"]
+    for flags in (["--out", "run", "--overwrite"], ["--out", "another"], [], resume):
         code, _, errors = small_run("gpt", *flags)
         assert code == 2
         assert "out of memory" in errors and len(errors.splitlines()) == 1

@@ -1,5 +1,7 @@
 """Errors that the user can fix, and how a script reports them."""
 
+import contextlib
+import errno
 import io
 import os
 import re
@@ -22,7 +24,8 @@ def cli(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        return main()
+        main()
+        return sys.stdout.flush()
     except UserError as error:
         message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else ""  # once is enough
     except (MemoryError, RuntimeError) as error:
@@ -36,12 +39,29 @@ def cli(main: Callable[[], None]) -> None:
             raise
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # nobody reads our output any more, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except OSError as error:
+        if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        discard_output()
+        if error.errno == errno.EPIPE:  # nobody reads it any more, as after `| head`
+            sys.exit(0)
+        message = f"cannot write the output: {error.strerror}"
     if message:
-        print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print; if that fails, go on in silence: what a run leaves behind is in its files."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:  # such as a pipe whose reader has ended
+        discard_output()
+
+
+def discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_out_of_memory(error: Exception) -> bool:

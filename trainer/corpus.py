@@ -9,7 +9,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Tokenizer, split
+from common import Tokenizer, draw_batch, split
 from data import pocket_play
 from trainer.cli import UserError
 from trainer.folder import write_whole
@@ -21,6 +21,9 @@ DATA = Path(pocket_play.__file__).parent
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
 TINY_SHAKESPEARE_URL = f"{CHAR_RNN}/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+Batch = tuple[Tensor, Tensor]  # idx and targets
 
 
 @dataclass
@@ -38,13 +41,16 @@ class Corpus:
     def ids(self, tokens: Tensor) -> Tensor:
         return tokens.long() if self.table is None else self.table[tokens.long()]
 
+    def draw(self, block_size: int, batch_size: int, generator: torch.Generator) -> Batch:
+        return draw_batch(self.train, block_size, batch_size, generator)
 
-def open_corpus(path: Path | None) -> Corpus:
+
+def open_corpus(path: Path | None, verify: bool = False) -> Corpus:
     """Open the text of --data; None means Tiny Shakespeare or, offline, Pocket Play."""
-    if path and path.is_dir():
+    if path and os.path.isdir(path):
         from prepare import open_prepared  # here, because a plain text needs none of it
 
-        return open_prepared(path)
+        return open_prepared(path, verify)
     path = path or default_corpus()
     try:
         content = path.read_bytes()
@@ -56,7 +62,9 @@ def open_corpus(path: Path | None) -> Corpus:
     tokenizer = Tokenizer(text)
     if len(tokenizer.vocabulary) < 2:
         raise UserError(f"the text {path} needs at least two different characters")
-    parts = split(torch.tensor(tokenizer.encode(text)))
+    id_of = torch.zeros(0x110000, dtype=torch.long)  # for each Unicode character
+    id_of[[*map(ord, tokenizer.vocabulary)]] = torch.arange(len(tokenizer.vocabulary))
+    parts = split(id_of[torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)])
     sha256 = hashlib.sha256(content).hexdigest()
     return Corpus(path.stem, str(path.resolve()), sha256, tokenizer.vocabulary, *parts)
 

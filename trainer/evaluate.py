@@ -7,6 +7,7 @@ from trainer.distributed import World
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 
 @torch.inference_mode()
@@ -25,7 +26,8 @@ def exact_loss(
     batches.append(tuple(half[None, whole:] for half in halves))  # a shorter window, or none
     total = torch.zeros(1, dtype=torch.float64)
     model.eval()
-    for idx, targets in batches[world.rank :: world.size]:
+    bar = {"leave": False, "delay": 2, "disable": None if world.is_main else True}
+    for idx, targets in tqdm(batches[world.rank :: world.size], "evaluating", **bar):
         if idx.numel():
             _, loss = model(ids(idx).to(device), ids(targets).to(device))
             total += loss.item() * idx.numel()

@@ -4,10 +4,12 @@ import argparse
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
@@ -46,7 +48,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=how)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
+        hint, unknown = "--help lists the flags", re.search(r"unrecogn.*?(--[\w-]+)", message)
+        if unknown and (close := get_close_matches(unknown[1], self._option_string_actions, 1)):
+            hint = f"did you mean {close[0]}?"
+        raise UserError(f"{message} ({hint})")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Accept --learning_rate for --learning-rate."""
+        words = sys.argv[1:] if args is None else args
+        words = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), w) for w in words]
+        return super().parse_known_args(words, namespace)
 
     def add_fields(self, title: str, cls: type, presets: dict[str, Any] | None = None) -> None:
         """Add a flag for each field, with its comment as help; omitted flags set nothing."""
@@ -80,8 +91,10 @@ def options_for(hint: Any, is_off: bool = False) -> dict[str, Any]:
         return {"action": "store_true" if is_off else argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
-    if hint in (str, Path):
-        return {"type": hint, "metavar": "TEXT" if hint is str else "PATH"}
+    if hint is str:
+        return {"type": str, "metavar": "TEXT"}
+    if hint is Path:
+        return {"type": path_of, "metavar": "PATH"}
     kind, *metadata = typing.get_args(hint) or (hint,)
     limits = next((each for each in metadata if isinstance(each, Limits)), ORDINARY[kind])
     wanted = f"a {'whole ' if kind is int else ''}number {limits.words}"
@@ -98,19 +111,46 @@ def options_for(hint: Any, is_off: bool = False) -> dict[str, Any]:
     return {"type": parse, "metavar": "N"}
 
 
+def path_of(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a path is missing")
+    return Path(text)
+
+
 def given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The fields that the command line sets: `cls(**given(options, cls))` is the dataclass."""
     return {each.name: getattr(options, each.name) for each in fields(cls) if each.name in options}
 
 
-def check_divides(config: Any) -> None:
+def check(config: Any) -> None:
+    """Refuse a config with a value that no flag would accept."""
     values = vars(config)
     for name, hint in typing.get_type_hints(type(config), None, None, True).items():
+        if not accepts(hint, values[name]):
+            raise UserError(f"{flag(name)} cannot be {values[name]!r}")
         for limit in typing.get_args(hint):
             if isinstance(limit, Divides) and values[limit.field] % values[name]:
                 total, parts = f"{flag(limit.field)} {values[limit.field]}", values[name]
                 fitting = math.ceil(values[limit.field] / parts) * parts
                 raise UserError(f"{total} is not divisible by {flag(name)} {parts}; try {fitting}")
+
+
+def accepts(hint: Any, value: Any) -> bool:
+    """Whether a field of that type can have the value; a dict stands for several fields."""
+    if isinstance(hint, dict):
+        entries = value if isinstance(value, dict) else {}
+        return all(name in entries and accepts(hint[name], entries[name]) for name in hint)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(accepts(*typing.get_args(hint), x) for x in value)
+    if hint is dict or value is None:
+        return isinstance(value, dict) if hint is dict else type(None) in typing.get_args(hint)
+    how = options_for(hint)
+    try:
+        if "type" in how:
+            return bool(how["type"](str(value)) == value)
+        return bool(value in how.get("choices", (True, False)))
+    except (argparse.ArgumentTypeError, ValueError, TypeError, RuntimeError):
+        return False
 
 
 def flag(field_name: str) -> str:

@@ -1,46 +1,98 @@
-"""A run's folder: claiming it, and writing its files atomically."""
+"""A run's folder: only one process writes to it, and nobody ever sees half of a file or a run."""
 
 import contextlib
-import csv
-import io
 import itertools
+import json
 import os
+import shutil
 import time
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import to_bytes
 from trainer.cli import UserError
-from trainer.history import History
+from trainer.history import History, losses_csv
 
-RUN_FILES = ("config.json", "losses.csv", "checkpoint.pt", "best.pt", "sample.txt")
-COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
-FORMATS = ("d", ".6f", ".6f", ".6g", "d", ".2f")
+from filelock import FileLock, Timeout
+
+# In the order in which a new run replaces an old one: checkpoint.pt alone is enough to resume.
+RUN_FILES = ("checkpoint.pt", "best.pt", "losses.csv", "config.json", "sample.txt")
 
 
 class RunFolder:
-    """Where a run's files go; without a path of its own, the first free runs/NAME-N."""
+    """Where a run's files go; a context that unlocks the folder if the run fails."""
 
-    def __init__(self, name: str, path: Path | None, overwrite: bool = False) -> None:
-        self.name, self.overwrite = name, overwrite
-        self.path = Path("runs", name) if overwrite and path is None else path
+    def __init__(self) -> None:
+        self.path, self.resume = None, False
+        self.unlock: Callable[[], object] = tuple  # nothing is locked yet
 
-    def refuse_to_replace(self) -> None:
-        taken = self.path and any(os.path.exists(self.path / name) for name in RUN_FILES)
-        if taken and not self.overwrite:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error: type | None, *_: object) -> None:
+        if error:
+            self.unlock()
+
+    def claim(self, name: str, path: Path | None, resume: bool, overwrite: bool) -> None:
+        """Lock the folder until the run ends; refuse one that has a run or cannot be written.
+
+        Without a path, it is the first free runs/NAME-N, or with `resume` the newest run.
+        """
+        self.resume = resume
+        if overwrite and not path:
+            path = Path("runs", name)
+        for self.path in [path] if path else newest(name) if resume else free(name):
+            if self.lock():
+                break
+        else:
+            raise UserError(f"another process is training in {self.path}: change --out, or wait")
+        taken = any(os.path.lexists(self.path / name) for name in RUN_FILES)
+        if taken and not resume and not overwrite:
             raise UserError(f"{self.path} has a run: add --resume or --overwrite, or change --out")
+        is_folder = os.path.isdir(self.path)
+        if os.path.lexists(self.path) and not (is_folder and os.access(self.path, os.W_OK)):
+            why = "no permission" if is_folder else "it is a file"
+            raise UserError(f"cannot write the folder {self.path}: {why}")
 
-    def claim(self) -> Path:
-        """Create the folder, or delete an older run's files from it."""
+    def lock(self) -> bool:
+        """Keep other processes out, with a file beside the folder; False if one is in already."""
+        path = Path(os.path.realpath(self.path))
         try:
-            if self.path is None:
-                return make_free_folder(self.name)
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name in RUN_FILES:
-                (self.path / name).unlink(missing_ok=True)
-            return self.path
+            new = [folder for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.parent / f".{path.name}.lock", timeout=0)
+            self.unlock = weakref.finalize(self, unlock, lock, new)  # at the latest, at exit
+            lock.acquire()
+        except Timeout:
+            return False
         except OSError as error:
-            raise UserError(f"cannot write the run's folder: {error}") from None
+            raise UserError(f"cannot write the folder {self.path}: {error.strerror}") from None
+        return True
+
+    def start(self, config: dict[str, Any], *state: Any) -> None:
+        """Save the first state and config.json; those of a new run appear all at once."""
+        path, exists = self.path, os.path.isdir(self.path)
+        staging = path / ".new" if exists else path.with_name(f".{path.name}.new")
+        try:
+            shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
+            if not self.resume:
+                staging.mkdir()
+                self.path = staging
+            self.save(*state)
+            write_whole(self.path / "config.json", json.dumps(config, indent=2).encode("utf-8"))
+            if not self.resume and exists:
+                for name in RUN_FILES[:-1]:
+                    rename(staging / name, path / name)
+            elif not self.resume:
+                rename(staging, path)
+            (path / "sample.txt").unlink(missing_ok=True)  # of an older run
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        finally:
+            self.path = path
+            shutil.rmtree(staging, ignore_errors=True)
 
     def save(self, header: dict[str, Any], parts: dict[str, Any], history: History) -> None:
         """Write the complete state, the weights if they are the best so far, and losses.csv."""
@@ -53,30 +105,31 @@ class RunFolder:
         write_whole(self.path / "losses.csv", losses_csv(history.rows))
 
 
-def make_free_folder(name: str) -> Path:
-    Path("runs").mkdir(exist_ok=True)
+def free(name: str) -> Iterator[Path]:
     for number in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            path = Path("runs", name if number == 1 else f"{name}-{number}")
-            path.mkdir()
-            return path
+        path = Path("runs", name if number == 1 else f"{name}-{number}")
+        if not os.path.lexists(path):
+            yield path
 
 
-def newest_run(name: str) -> Path:
+def newest(name: str) -> list[Path]:
     """The run of a stage that was written last."""
     paths = [*Path("runs").glob(f"{name}/checkpoint.pt")]
     paths += Path("runs").glob(f"{name}-[0-9]*/checkpoint.pt")
     if not paths:
         raise UserError(f"there is no run of {name} in runs to resume; name its folder with --out")
-    return max(paths, key=lambda path: path.stat().st_mtime).parent
+    return [max(paths, key=lambda path: path.stat().st_mtime).parent]
 
 
-def losses_csv(rows: list[dict[str, float]]) -> bytes:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(map(format, [row[name] for name in COLUMNS], FORMATS) for row in rows)
-    return file.getvalue().encode("utf-8")
+def unlock(lock: FileLock, folders: list[Path]) -> None:
+    """Release the lock; remove its file, and the folders that were made for it and hold nothing."""
+    if lock.is_locked:
+        with contextlib.suppress(OSError):  # on Windows, releasing it removes it
+            os.unlink(lock.lock_file)
+        lock.release()
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -91,7 +144,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def rename(source: Path, target: Path, tries: int = 20) -> None:

@@ -9,6 +9,8 @@ from trainer.distributed import World
 import torch
 from torch import Tensor
 
+COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
+FORMATS = ("d", ".6f", ".6f", ".6g", "d", ".2f")
 LINE = "step {step:5}   train {train_loss:.4f}   validation {val_loss:.4f}   {seconds:7.1f} s"
 
 
@@ -28,8 +30,11 @@ class History:
         return state | {"seconds": time.perf_counter() - self.started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        losses_csv(state["rows"])  # an error if they are anything else
         for name in ("step", "rows", "loss_sum", "loss_count", "seconds"):
-            setattr(self, name, state[name])
+            setattr(self, name, type(getattr(self, name))(state[name]))
+        if not 0 <= self.rows[-1]["step"] <= self.step:
+            raise ValueError(f"its losses are those of step {self.rows[-1]['step']}")
 
     @property
     def best(self) -> dict[str, float]:
@@ -58,3 +63,8 @@ class History:
 
     def last_line(self) -> str:
         return LINE.format(**self.rows[-1])
+
+
+def losses_csv(rows: list[dict[str, float]]) -> bytes:
+    lines = [COLUMNS, *(map(format, [row[name] for name in COLUMNS], FORMATS) for row in rows)]
+    return "".join(",".join(line) + "\n" for line in lines).encode("utf-8")

@@ -1,5 +1,6 @@
 """What a run will do: decided and validated before it starts."""
 
+import os
 import sys
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
@@ -8,15 +9,18 @@ from typing import Any
 
 from common import Tokenizer
 from trainer.checkpoint import Checkpoint, read_checkpoint, saved_config
-from trainer.cli import UserError
+from trainer.cli import UserError, is_out_of_memory
 from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
 from trainer.distributed import World
-from trainer.flags import Parser, Seed, check_divides, flag, given
-from trainer.folder import RunFolder, newest_run
+from trainer.flags import Parser, Seed, check, flag, given
+from trainer.folder import RunFolder
 from trainer.machine import DeviceSettings, Machine, MachineSettings, available_device
 from trainer.sampling import SampleSettings
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
+LARGE = 10_000  # layers * channels; PyTorch takes a second to count the parameters of any model
 
 
 @dataclass
@@ -43,7 +47,6 @@ class Plan:
     settings: Settings
     config: Any
     seed: int
-    folder: RunFolder
     machine: Machine
     corpus: Corpus
     tokenizer: Tokenizer
@@ -61,16 +64,20 @@ class Plan:
 
 
 def make_plan(
-    config_class: type, presets: dict, argv: list[str] | None, name: str | None, world: World
+    config_class: type,
+    presets: dict[str, Any],
+    argv: list[str] | None,
+    name: str | None,
+    folder: RunFolder,
+    world: World,
 ) -> tuple[Plan, Checkpoint | None]:
     """The plan, and the checkpoint that the run resumes or takes its weights from."""
     module = sys.modules[config_class.__module__]
-    name = name or Path(vars(module).get("__file__", "notebook")).stem
+    name = name or script_name(Path(vars(module).get("__file__", "notebook")))
     options = parse(module.__doc__ or "", config_class, presets, argv)
     settings, chosen = Settings(**given(options, Settings)), given(options, config_class)
-    folder = RunFolder(name, settings.out, settings.overwrite)
     refuse_combinations(settings, presets, options.preset, world)
-    folder, saved = world.on_main(lambda: read_saved(folder, settings))
+    saved = world.on_main(lambda: claim(folder, name, settings))
     start = {"seed": 1, "device": "auto", "init_from": str(settings.init_from or "")}
     if settings.resume:
         machine = {each: saved[each] for each in ("compile", "grad_accumulation")}
@@ -85,14 +92,21 @@ def make_plan(
     settings.start_of_text(tokenizer)  # a bad --prompt is refused now rather than at the end
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
     seed = start["seed"] if settings.seed is None else settings.seed
-    refuse_sizes(config, corpus, world)
-    changed = changes(saved, {"seed": seed} | asdict(config), folder) if settings.resume else []
+    changed = changes(saved, {"seed": seed} | asdict(config)) if settings.resume else []
     dtype, settings.compile = ("auto", settings.compile) if presets else ("float32", False)
     if settings.resume and saved["device"] == device.type:
         dtype = saved["dtype"]  # or the losses would not continue as they were
     machine = Machine(settings, device, dtype)
-    own = (folder, machine, corpus, tokenizer, start["init_from"], changed, preset)
+    refuse_sizes(config, corpus, world, machine.memory())
+    own = (machine, corpus, tokenizer, start["init_from"], changed, preset)
     return Plan(name, settings, config, seed, *own), saved
+
+
+def script_name(script: Path) -> str:
+    """The name of the stage; sample.py must be able to find its script again."""
+    if script.suffix and (script.resolve().parent != ROOT or "." in script.stem):
+        raise UserError(f"sample.py will not find {script}: put it in {ROOT}, without another dot")
+    return script.stem
 
 
 def parse(doc: str, config_class: type, presets: dict, argv: list[str] | None) -> Namespace:
@@ -124,33 +138,30 @@ def refuse_combinations(settings: Settings, presets: dict, preset: str, world: W
         raise UserError("--extend-vocabulary needs --init-from and the run to start from")
 
 
-def read_saved(folder: RunFolder, settings: Settings) -> tuple[RunFolder, Checkpoint | None]:
-    """The folder, and the checkpoint to resume or to take weights from; for a new run, none."""
-    if settings.resume:
-        folder.path = folder.path or newest_run(folder.name)
-        saved = read_checkpoint(folder.path / "checkpoint.pt")
-    else:
-        folder.refuse_to_replace()
+def claim(folder: RunFolder, name: str, settings: Settings) -> Checkpoint | None:
+    """Claim the folder; return the checkpoint to resume or to take weights from, if any."""
+    folder.claim(name, settings.out, settings.resume, settings.overwrite)
+    source = folder.path / "checkpoint.pt"
+    if not settings.resume:
         if not settings.init_from:
-            return folder, None
-        if folder.path and folder.path.resolve() == settings.init_from.resolve():
+            return None
+        if os.path.realpath(folder.path) == os.path.realpath(settings.init_from):
             raise UserError(f"{folder.path} is the run to start from: choose another --out")
-        saved = read_checkpoint(settings.init_from / "best.pt")
-    if saved["stage"] != folder.name:
-        raise UserError(f"that run was made by {saved['stage']}.py, and this is {folder.name}.py")
-    return folder, saved
+        source = settings.init_from / "best.pt"
+    saved = read_checkpoint(source)
+    if saved["stage"] != name:
+        raise UserError(f"that run was made by {saved['stage']}.py, and this is {name}.py")
+    return saved
 
 
-def changes(saved: Checkpoint, now: dict[str, Any], folder: RunFolder) -> list[str]:
+def changes(saved: Checkpoint, now: dict[str, Any]) -> list[str]:
     """The flags that differ from the run so far; only how long it takes may change."""
-    before, step = saved["config"] | {"seed": saved["seed"]}, saved["parts"]["history"]["step"]
+    before = saved["config"] | {"seed": saved["seed"]}
     differ = [name for name in now if now[name] != before.get(name, now[name])]
     for name in differ:
         if name not in ("max_iters", "eval_interval"):
             was = f"{flag(name)} {before[name]}, not {now[name]}"
-            raise UserError(f"{folder.path} was made with {was}: resume it without that flag")
-    if now["max_iters"] < step:
-        raise UserError(f"the run is at step {step} already: --max-iters must be at least that")
+            raise UserError(f"the run was made with {was}: resume it without that flag")
     return sorted({*saved["changed_on_resume"], *map(flag, differ)})
 
 
@@ -163,7 +174,7 @@ def open_text(
         path = Path(before["path"])  # Tiny Shakespeare is found wherever it is now
     if world.size > 1:
         world.on_main(lambda: open_corpus(path).name)  # a download is for one process
-    corpus = open_corpus(path)
+    corpus = open_corpus(path, verify=before is not None)
     if before and corpus.sha256 != before["sha256"]:
         raise UserError(f"{corpus.path} is not this run's text: restore {before['path']}")
     if corpus.sha256 != world.broadcast(corpus.sha256):
@@ -179,11 +190,34 @@ def open_text(
     return corpus, tokenizer
 
 
-def refuse_sizes(config: Any, corpus: Corpus, world: World) -> None:
-    check_divides(config)
+def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None:
+    check(config)
     if config.batch_size % world.size:
         raise UserError(f"--batch-size must be divisible by the {world.size} processes")
     shorter = min(len(corpus.train), len(corpus.validation))
     if shorter <= config.block_size:
-        needs = f"--block-size {config.block_size} needs {config.block_size + 1}: reduce it"
-        raise UserError(f"{corpus.path} is too short: a split has {shorter} characters, {needs}")
+        needs = f"--block-size {config.block_size} needs {config.block_size + 1} in each split"
+        fits = f"--block-size {shorter - 1}" if shorter > 1 else "a longer text"
+        raise UserError(f"{corpus.path} is too short: {needs}, and one has {shorter}; try {fits}")
+    # At least weights, gradients and their running mean in float32, and a batch of token ids.
+    needed = 12 * count_parameters(config) + 16 * config.batch_size * config.block_size
+    if needed > memory:
+        has = f"at least {needed / 1e9:,.0f} GB of memory, and there are {memory / 1e9:,.0f}"
+        raise UserError(f"training this needs {has}: reduce --n-layer, --n-embd or --batch-size")
+
+
+def count_parameters(config: Any) -> int:
+    """How many parameters a large model has, without building more than two of its equal layers."""
+    sizes, counts = vars(config), []
+    if sizes.get("n_layer", 1) * sizes.get("n_embd", 1) < LARGE:
+        return 0
+    for layers in (1, 2):
+        few = {"n_layer": layers, "n_head": 1}  # the number of heads makes no difference
+        few = {name: value for name, value in few.items() if name in sizes}
+        try:
+            with torch.device("meta"):
+                model = sys.modules[type(config).__module__].Model(replace(config, **few))
+            counts.append(sum(parameter.numel() for parameter in model.parameters()))
+        except Exception as error:  # in a user's own script, for any reason
+            return 2**62 if is_out_of_memory(error) else 0
+    return counts[0] + (sizes.get("n_layer", 1) - 1) * (counts[1] - counts[0])

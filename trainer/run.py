@@ -1,6 +1,6 @@
 """One training run: everything a script needs besides its model and training step."""
 
-import json
+import copy
 import math
 import os
 import platform
@@ -10,23 +10,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from common import LanguageModel, draw_batch
+from common import LanguageModel
 from data.pocket_play import known_entropy
 from trainer.checkpoint import adopt_weights, read_checkpoint, restore
-from trainer.cli import UserError
+from trainer.cli import UserError, say
 from trainer.distributed import World
 from trainer.evaluate import exact_loss
 from trainer.flags import flag
-from trainer.folder import write_whole
+from trainer.folder import RunFolder, write_whole
 from trainer.history import History
 from trainer.machine import seed_for
 from trainer.plan import make_plan
-from trainer.sampling import SampleSettings, print_sample, store_by_columns
+from trainer.sampling import SampleSettings, continuation, store_by_columns
 
 import torch
 from torch import Tensor
@@ -53,8 +53,10 @@ class Run:
         name: str | None = None,
     ) -> None:
         self.world, self.history = World(), History()
-        self.plan, self.saved = make_plan(config_class, presets or {}, argv, name, self.world)
-        self.config, self.folder = self.plan.config, self.plan.folder
+        self.folder, own = RunFolder(), (config_class, presets or {}, argv, name)
+        with self.folder:
+            self.plan, self.saved = make_plan(*own, self.folder, self.world)
+        self.config = self.plan.config
         self.machine, self.device = self.plan.machine, self.plan.machine.device
         self.autocast = self.machine.autocast  # inside, matrix products are in the run's dtype
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
@@ -78,7 +80,7 @@ class Run:
         total, quiet = self.config.max_iters, None if self.world.is_main else True
         step_threads = self.machine.threads(model, self.config)
         self.bar = tqdm(total=total, disable=quiet, unit="step")  # None: shown on a terminal only
-        with interrupts() as received, self.bar:
+        with self.folder, interrupts() as received, self.bar:
             self.start()
             while self.step < total:
                 began = time.perf_counter()
@@ -138,20 +140,25 @@ class Run:
         best, plan, model = self.history.best, self.plan, type(self.model)(self.config)
         bits = f"{best['val_loss'] / math.log(2):.3f} bits per character"
         when = f"step {best['step']} after {best['seconds']:.1f} s"
-        print(f"best validation loss {best['val_loss']:.4f} ({bits}) at {when}")
+        say(f"best validation loss {best['val_loss']:.4f} ({bits}) at {when}")
         if self.step > self.first_step:
             seconds = self.computing / (self.step - self.first_step)
             speed = self.config.batch_size * self.config.block_size / seconds
-            print(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} characters per second")
+            say(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} characters per second")
         if entropy := known_entropy(plan.corpus.path):
-            print(f"entropy of Pocket Play, which no model can beat on average: {entropy:.4f}")
+            say(f"entropy of Pocket Play, which no model can beat on average: {entropy:.4f}")
         restore(read_checkpoint(self.folder.path / "best.pt"), {"model": model})
         store_by_columns(model.to(self.device))
-        text = print_sample(model, plan.tokenizer, plan.settings, plan.seed)
+        text = ""
+        for piece in continuation(model, plan.tokenizer, plan.settings, plan.seed):
+            say(piece, end="")
+            text += piece
+        say("")
         write_whole(self.folder.path / "sample.txt", text.encode("utf-8"))
+        self.folder.unlock()
 
     def start(self) -> None:
-        """Load what was saved, try a step, evaluate; only then claim the folder and write."""
+        """Try a step, load what was saved, evaluate; only then write the first files."""
         plan, parameters = self.plan, sum(each.numel() for each in self.model.parameters())
         several = f"{self.world.size} processes" if self.world.size > 1 else ""
         preset = plan.preset and f"preset {plan.preset}"
@@ -159,44 +166,49 @@ class Run:
         length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} characters"
         self.say(f"{plan.name}: {parameters:,} parameters, {', '.join(filter(None, details))}")
         self.say(f"{plan.corpus.name}: {length}, {self.config.vocab_size} distinct")
-        if plan.settings.resume:
-            restore(self.saved, self.parts)
-            self.world.on_main(lambda: (self.folder.path / "sample.txt").unlink(missing_ok=True))
-        elif self.saved:
+        if plan.init_from and not plan.settings.resume:
             adopt_weights(self.model, self.config, self.saved, plan.tokenizer.vocabulary)
             self.say(f"starts from the weights of {plan.init_from}")
-        self.saved = None  # frees its memory
         weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
         self.model.load_state_dict(self.world.broadcast(weights))  # if machines round differently
         if self.machine.compiled:
             self.model.compile()
         self.try_step()
+        if self.step > self.config.max_iters:
+            raise UserError(f"the run is at step {self.step} already: --max-iters is too small")
+        self.saved = None  # frees its memory
         self.first_step = self.bar.n = self.bar.initial = self.step
         self.history.started = time.perf_counter() - self.history.seconds
         if not plan.settings.resume:
             self.evaluate()
-            self.folder.path = self.world.on_main(self.folder.claim)
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         config = {**plan.header(), "parameters": parameters, "versions": versions}
         config |= {"processes": self.world.size, "compiled": self.machine.compiled}
-        content = json.dumps(config, indent=2).encode("utf-8")
-        self.world.on_main(lambda: write_whole(self.folder.path / "config.json", content))
-        self.save()
+        self.save(config)
         self.say(f"run folder {self.folder.path}\n{self.history.last_line()}")
 
     def try_step(self) -> None:
-        """Dry run of one micro-batch: if memory runs out, it does so now; changes nothing."""
+        """Dry run, which runs out of memory now if ever; then undo it, or load the saved state."""
+        trained = [self.model, *self.optimizers]
+        before = copy.deepcopy([part.state_dict() for part in trained])
         idx, targets = (half.tensor_split(self.micro_batch_count)[0] for half in self.batch(0))
         with self.autocast():
             _, loss = self.model(idx, targets)
         loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.model.zero_grad()
+        if self.plan.settings.resume:
+            restore(self.saved, self.parts)
+        else:
+            for part, state in zip(trained, before, strict=True):
+                part.load_state_dict(state)
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch; dropout is seeded for that step too."""
         config, corpus, rank, size = self.config, self.plan.corpus, self.world.rank, self.world.size
         generator = torch.Generator().manual_seed(seed_for(self.plan.seed, step, "batch"))
-        batch = draw_batch(corpus.train, config.block_size, config.batch_size, generator)
+        batch = corpus.draw(config.block_size, config.batch_size, generator)
         self.machine.seed(seed_for(self.plan.seed, step, rank))
         return tuple(self.machine.send(corpus.ids(half[rank::size])) for half in batch)
 
@@ -220,13 +232,16 @@ class Run:
         tokens = self.step * self.config.batch_size * self.config.block_size
         history.add_row(train_loss, val_loss, self.optimizers[0].param_groups[0]["lr"], tokens)
 
-    def save(self) -> None:
-        """Write the complete state, and losses.csv."""
+    def save(self, config: dict[str, Any] | None = None) -> None:
+        """Write the complete state, and losses.csv; at the start config.json too."""
         self.read_losses()
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise self.diverged(f"a weight became NaN or infinite by step {self.step}")
         header = self.plan.header() | {"vocabulary": self.plan.tokenizer.vocabulary}
-        self.world.on_main(lambda: self.folder.save(header, self.parts, self.history))
+        state = (header, self.parts, self.history)
+        self.world.on_main(
+            lambda: self.folder.start(config, *state) if config else self.folder.save(*state)
+        )
         self.saved_step, self.save_due = self.step, time.perf_counter() + SECONDS_BETWEEN_SAVES
 
     def diverged(self, what: str) -> UserError:
@@ -237,7 +252,8 @@ class Run:
     def say(self, line: str) -> None:
         """Print above the progress bar."""
         if self.world.is_main:
-            self.bar.write(line)
+            with self.bar.external_write_mode():
+                say(line)
 
 
 def resume_command(run: Run) -> str:
@@ -260,7 +276,8 @@ def interrupts() -> Iterator[list[int]]:
     def receive(number: int, _: object) -> None:
         received.append(number)
         if os.environ.get("RANK", "0") == "0":  # os.write: print is unsafe in a signal handler
-            os.write(2, b"\nstopping after this step; once more stops at once\n")
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this step; once more stops at once\n")
         signal.signal(number, before[number])
 
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}

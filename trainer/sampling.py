@@ -1,5 +1,7 @@
 """Sampling: let a model continue a text, one character at a time."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common import LanguageModel, Tokenizer
@@ -24,20 +26,21 @@ class SampleSettings:
         return self.prompt or ("\n" if "\n" in tokenizer.ids else tokenizer.vocabulary[0])
 
 
-def print_sample(model: LanguageModel, tokenizer: Tokenizer, how: SampleSettings, seed: int) -> str:
-    """Print the prompt and its continuation, character by character; return both."""
+def continuation(
+    model: LanguageModel, tokenizer: Tokenizer, how: SampleSettings, seed: int
+) -> Iterator[str]:
+    """Yield the prompt, then the characters that follow it, each as soon as it is sampled."""
     text, generator = how.start_of_text(tokenizer), torch.Generator().manual_seed(seed)
+    yield text
     ids = tokenizer.encode(text)[-model.block_size :]
     sampled = model.generate(ids, how.temperature, how.top_k, generator)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one position at a time is too little work for more
-    print(text, end="")
-    for _, i in zip(range(how.sample_length), sampled, strict=False):
-        text += tokenizer.decode([i])
-        print(text[-1], end="", flush=True)
-    print()
-    torch.set_num_threads(threads)
-    return text
+    try:
+        for i in itertools.islice(sampled, how.sample_length):
+            yield tokenizer.decode([i])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def store_by_columns(model: nn.Module) -> None:
