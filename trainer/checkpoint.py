@@ -81,16 +81,27 @@ def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
             state, expected = checkpoint["parts"][name], layout(part)
             if state or name != "scaler":  # which is off without float16
                 part.load_state_dict(state)
-            if layout(part) not in ([], expected):  # it is empty before the first step
-                raise ValueError(f"the state of {name} has another shape")
+            for found, wanted in zip(layout(part), expected, strict=True):
+                if found and not found.items() >= wanted.items():  # before any step it is empty
+                    raise ValueError(f"{name} keeps its state in another form")
     except Exception as error:  # which one depends on what differs
         raise (error if is_out_of_memory(error) else misfit(checkpoint, error)) from None
 
 
-def layout(part: Any) -> list[tuple[str, Any]]:
-    """Names and shapes of what an optimizer keeps, which it does not check itself."""
-    states = part.state.values() if isinstance(part, torch.optim.Optimizer) else ()
-    return [(name, getattr(x, "shape", None)) for each in states for name, x in each.items()]
+def layout(part: Any) -> list[dict[tuple[int, str], Any]]:
+    """The form of an optimizer's settings and state: it would compute with any other, or crash."""
+    is_optimizer = isinstance(part, torch.optim.Optimizer)
+    kept = [part.param_groups, part.state.values()] if is_optimizer else []
+    return [
+        {(i, name): form(value) for i, entry in enumerate(each) for name, value in entry.items()}
+        for each in kept
+    ]
+
+
+def form(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(form, value)) if isinstance(value, tuple | list) else type(value)
 
 
 def misfit(checkpoint: Checkpoint, error: Exception) -> UserError:

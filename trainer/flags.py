@@ -145,11 +145,11 @@ def accepts(hint: Any, value: Any) -> bool:
     if hint is dict or value is None:
         return isinstance(value, dict) if hint is dict else type(None) in typing.get_args(hint)
     how = options_for(hint)
+    if "type" not in how:
+        return isinstance(value, bool | str) and value in how.get("choices", (True, False))
     try:
-        if "type" in how:
-            return bool(how["type"](str(value)) == value)
-        return bool(value in how.get("choices", (True, False)))
-    except (argparse.ArgumentTypeError, ValueError, TypeError, RuntimeError):
+        return isinstance(value, int | float | str) and how["type"](str(value)) == value
+    except argparse.ArgumentTypeError:
         return False
 
 
