@@ -199,25 +199,25 @@ def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None
         needs = f"--block-size {config.block_size} needs {config.block_size + 1} in each split"
         fits = f"--block-size {shorter - 1}" if shorter > 1 else "a longer text"
         raise UserError(f"{corpus.path} is too short: {needs}, and one has {shorter}; try {fits}")
-    # At least weights, gradients and their running mean in float32, and a batch of token ids.
-    needed = 12 * count_parameters(config) + 16 * config.batch_size * config.block_size
+    needed = model_bytes(config) + 16 * config.batch_size * config.block_size  # token ids
     if needed > memory:
         has = f"at least {needed / 1e9:,.0f} GB of memory, and there are {memory / 1e9:,.0f}"
         raise UserError(f"training this needs {has}: reduce --n-layer, --n-embd or --batch-size")
 
 
-def count_parameters(config: Any) -> int:
-    """How many parameters a large model has, without building more than two of its equal layers."""
+def model_bytes(config: Any) -> int:
+    """What a large model needs in training, without building more than two of its equal layers."""
     sizes, counts = vars(config), []
     if sizes.get("n_layer", 1) * sizes.get("n_embd", 1) < LARGE:
         return 0
     for layers in (1, 2):
-        few = {"n_layer": layers, "n_head": 1}  # the number of heads makes no difference
+        few = {"n_layer": layers, "n_head": 1}  # more heads need hardly more
         few = {name: value for name, value in few.items() if name in sizes}
         try:
             with torch.device("meta"):
                 model = sys.modules[type(config).__module__].Model(replace(config, **few))
-            counts.append(sum(parameter.numel() for parameter in model.parameters()))
         except Exception as error:  # in a user's own script, for any reason
             return 2**62 if is_out_of_memory(error) else 0
+        # Weights, gradients and their running mean in float32; and what PyTorch needs for each.
+        counts.append(sum(12 * weight.numel() + 10_000 for weight in model.parameters()))
     return counts[0] + (sizes.get("n_layer", 1) - 1) * (counts[1] - counts[0])
