@@ -3,8 +3,6 @@
 import math
 import time
 
-from comparison.step_times import synchronize
-
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +21,12 @@ def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
         synchronize(device)
         seconds = min(seconds, time.perf_counter() - began)
     return 2 * size**3 / seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, which computes while the program continues."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def count_flops(model: nn.Module, idx: Tensor) -> int:

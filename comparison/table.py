@@ -1,230 +1,208 @@
-"""The table of a comparison: from the best evaluation of each run to a line per stage."""
+"""The table of a comparison: a row for runs that differ only in their seed."""
 
 import csv
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from comparison.runs import ROWS, STAGES, Row, TrainedRun
+from comparison.runs import TrainedRun
 
-
-class Result(NamedTuple):
-    """The result of one run: a row of the comparison's losses.csv."""
-
-    stage: str
-    flags: str
-    seed: int
-    parameters: int
-    step: int  # of its best evaluation, like the two losses
-    train_loss: float
-    val_loss: float
-    tokens: int  # of the whole run, like the seconds
-    seconds: float
-
-
-def results_of(groups: dict[Row, list[TrainedRun]]) -> list[Result]:
-    return [
-        Result(
-            row.stage,
-            row.flags,
-            run.seed,
-            run.parameters,
-            *(run.best[name] for name in ("step", "train_loss", "val_loss")),
-            *(run.rows[-1][name] for name in ("tokens", "seconds")),
-        )
-        for row, runs in groups.items()
-        for run in runs
-    ]
-
-
-def results_csv(results: list[Result]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([Result._fields, *results])
-    return text.getvalue().encode("utf-8")
-
-
-def read_results(path: Path) -> list[Result]:
-    """What results_csv wrote."""
-    types = Result.__annotations__.values()
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    return [Result(*(kind(cell) for kind, cell in zip(types, row, strict=True))) for row in rows]
+from tabulate import tabulate
 
 
 class Estimate(NamedTuple):
-    """A number and its uncertainty, which one run alone cannot show."""
+    """A number and its uncertainty, which a single run cannot show."""
 
     value: float
-    uncertainty: float | None
+    error: float | None = None
 
     def __str__(self) -> str:
-        uncertainty = "" if self.uncertainty is None else f" ± {self.uncertainty:.3f}"
-        return f"{self.value:.3f}{uncertainty}"
+        error = "" if self.error is None else f" ± {self.error:.3f}"
+        return f"{self.value:.3f}".replace("-", "−") + error
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it differs from 0 by more than two standard errors."""
+        return self.error is not None and abs(self.value) > 2 * self.error
 
 
 @dataclass
-class Line:
-    """A stage or a variant: the mean over its runs."""
+class Row:
+    """Runs that differ only in their seed."""
 
-    row: Row
-    seeds: list[int]
-    losses: list[float]
-    parameters: int
-    train_loss: float
-    seconds: float
-    speed: float  # characters per second
-    before: Row | None = None  # the stage that it improves on
-    improvement: Estimate | None = None
+    runs: list[TrainedRun]
+    name: str  # its command, without the flags that all rows have in common
+    baseline: "Row | None" = None  # what its improvement is measured against
+    is_variant: bool = False  # another version of the stage above, not a step of its own
+
+    @property
+    def stage(self) -> str:
+        return self.runs[0].stage
+
+    @property
+    def command(self) -> str:
+        return " ".join([self.stage, *self.runs[0].flags])
+
+    @property
+    def preset(self) -> str:
+        return next((each for each in self.runs[0].flags if each.startswith("--preset")), "")
+
+    @property
+    def finished(self) -> list[TrainedRun]:
+        return [run for run in self.runs if run.is_finished]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The best validation loss of each seed; of unfinished runs only if there are no others."""
+        return {run.seed: run.best["val_loss"] for run in self.finished or self.runs}
 
     @property
     def loss(self) -> Estimate:
-        """Mean and standard deviation of the validation losses."""
-        return Estimate(
-            statistics.mean(self.losses),
-            statistics.stdev(self.losses) if len(self.losses) > 1 else None,
-        )
+        """Mean and standard deviation over the seeds."""
+        losses = [*self.losses.values()]
+        return Estimate(statistics.mean(losses), statistics.stdev(losses) if losses[1:] else None)
 
     @property
-    def skips(self) -> bool:
-        """Whether `before` is not the stage just before, or has another preset."""
-        if not self.before:
-            return False
-        presets = {self.row.preset, self.before.preset} - {""}
-        distance = STAGES.index(self.row.stage) - STAGES.index(self.before.stage)
-        return distance != 1 or len(presets) > 1
+    def improvement(self) -> Estimate | None:
+        """How much lower the loss is than the baseline's, paired by seed."""
+        if not (self.baseline and self.finished and self.baseline.finished):
+            return None
+        before, after = self.baseline.losses, self.losses
+        pairs = [before[seed] - after[seed] for seed in sorted(before.keys() & after.keys())]
+        if not pairs:
+            return None
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if pairs[1:] else None
+        return Estimate(statistics.mean(pairs), error)
+
+    @property
+    def step_time(self) -> float:
+        """Seconds per step where training was fastest, since other work can only slow it down."""
+        pairs = [pair for run in self.runs for pair in itertools.pairwise(run.rows)]
+        return min(
+            ((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs),
+            default=math.nan,
+        )
+
+    def mean(self, value: Callable[[TrainedRun], float]) -> float:
+        return statistics.mean(map(value, self.runs))
 
 
-def lines_of(results: Iterable[Result]) -> list[Line]:
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.stage, result.flags), []).append(result)
-    lines: list[Line] = []
-    for row in ROWS:
-        if runs := groups.get((row.stage, row.flags)):
-            line = Line(
-                row,
-                seeds=[run.seed for run in runs],
-                losses=[run.val_loss for run in runs],
-                parameters=runs[0].parameters,
-                train_loss=statistics.mean(run.train_loss for run in runs),
-                seconds=statistics.mean(run.seconds for run in runs),
-                speed=sum(run.tokens for run in runs) / max(1e-9, sum(run.seconds for run in runs)),
-            )
-            if before := stage_before(row, lines):
-                line.before = before.row
-                line.improvement = improvement(before.losses, line.losses)
-            lines.append(line)
-    return lines
+def rows_of(runs: Iterable[TrainedRun]) -> list[Row]:
+    """Group runs that differ only in their seed, in the order in which they come."""
+    groups: dict[tuple, list[TrainedRun]] = {}
+    for run in runs:
+        group = groups.setdefault(run.key, [])
+        if run.seed not in [other.seed for other in group]:  # the same run twice counts once
+            group.append(run)
+    common = common_flags(group[0] for group in groups.values())
+    return [
+        Row(runs, " ".join([key[0], *(each for each in runs[0].flags if each not in common)]))
+        for key, runs in groups.items()
+    ]
 
 
-def stage_before(row: Row, lines: list[Line]) -> Line | None:
-    """What a stage is compared with, and each of its variants too."""
-    others = [each for each in lines if each.row.stage != row.stage]
-    stages = [each for each in others if not each.row.is_variant]
-    alike = [each for each in stages if each.row.preset == row.preset]
-    return (alike or stages or [None])[-1]
-
-
-def improvement(before: list[float], after: list[float]) -> Estimate:
-    """The difference of two means, and its standard error if all runs are independent."""
-    difference = statistics.mean(before) - statistics.mean(after)
-    if min(len(before), len(after)) < 2:
-        return Estimate(difference, None)
-    variances = (statistics.variance(losses) / len(losses) for losses in (before, after))
-    return Estimate(difference, math.sqrt(sum(variances)))
+def common_flags(runs: Iterable[TrainedRun]) -> list[str]:
+    """The flags that all of several runs have in common, but for a preset."""
+    runs = list(runs)
+    flags = [each for each in runs[0].flags if not each.startswith("--preset")] if runs[1:] else []
+    return [each for each in flags if all(each in run.flags for run in runs)]
 
 
 Table = list[list[str]]  # the headings, then a row for each line
-TEXT_COLUMNS = ("run", "what is new", "left out")  # the others hold numbers
-DROPPED_FIRST = (
-    *("what is new", "characters per second", "bits per character", "train loss", "parameters"),
-    *("seconds to train", "relative time", "after equal steps"),
-)
+TEXT_COLUMNS = ("run", "device", "dtype")  # the others hold numbers
 
 
-def table(lines: list[Line], entropy: float | None = None) -> Table:
-    """`entropy` is that of the text, if it is known."""
-    columns: dict[str, Callable[[Line], object]] = {
-        "run": lambda line: line.row.command,
-        "what is new": lambda line: line.row.new,
-        "parameters": lambda line: f"{line.parameters:,}",
-        "validation loss": lambda line: line.loss,
-        "improvement": lambda line: line.improvement or "",
-        "train loss": lambda line: f"{line.train_loss:.3f}",
-        "bits per character": lambda line: f"{line.loss.value / math.log(2):.3f}",
-        "seconds to train": lambda line: f"{line.seconds:,.1f}",
-        "characters per second": lambda line: f"{line.speed:,.0f}",
+def table(rows: list[Row], entropy: float | None = None) -> Table:
+    """Columns in which all rows are alike are left out; `entropy` is the text's, if it is known."""
+    over_first = all(row.baseline is rows[0] for row in rows[1:])
+    unit = rows[0].step_time if over_first else 0.001
+    columns: dict[str, Callable[[Row], object]] = {
+        "run": lambda row: row.name,
+        "validation loss": lambda row: row.loss if row.finished else progress(row),
+        "improvement": lambda row: row.improvement or "",
+        "relative time" if over_first else "ms per step": lambda row: f"{row.step_time / unit:.2f}",
+        "bits per character": lambda row: f"{row.loss.value / math.log(2):.3f}",
+        "train loss": lambda row: f"{row.mean(lambda run: run.best['train_loss']):.3f}",
+        "parameters": lambda row: f"{row.runs[0].about['parameters']:,}",
+        "seconds to train": lambda row: f"{row.mean(lambda run: run.rows[-1]['seconds']):,.1f}",
+        "device": lambda row: row.runs[0].about["device"],
+        "dtype": lambda row: row.runs[0].about["dtype"],
     }
     if entropy:
-        columns["above the entropy"] = lambda line: f"{line.loss.value - entropy:.3f}"
-    return [list(columns)] + [[str(column(line)) for column in columns.values()] for line in lines]
+        columns["above the entropy"] = lambda row: f"{row.loss.value - entropy:.3f}"
+    cells = {name: [str(column(row)) for row in rows] for name, column in columns.items()}
+    always = ("run", "validation loss")
+    shown = [name for name in cells if name in always or len({*cells[name]}) > 1]
+    return [shown, *map(list, zip(*(cells[name] for name in shown), strict=True))]
 
 
-def conditions(groups: dict[Row, list[TrainedRun]]) -> str:
-    """How the runs were made, and which of them lack a seed."""
-    runs = [run for runs in groups.values() for run in runs]
-    seeds = {row.name: ", ".join(str(run.seed) for run in runs) for row, runs in groups.items()}
-    most = max(seeds.values(), key=list(seeds.values()).count)
-    others = "".join(f"; {name}: {has}" for name, has in seeds.items() if has != most)
-    word = "seeds" if "," in most else "seed"
-    pytorch = ", ".join(sorted({run.torch for run in runs}))
-    dtypes = ", ".join(sorted({run.dtype for run in runs}))
-    return (
-        f"Trained on {runs[0].corpus} with PyTorch {pytorch} on {runs[0].device}, in {dtypes}; "
-        f"{word} {most}{others}."
-    )
+def progress(row: Row) -> str:
+    run = row.runs[0]
+    doing = "training" if run.is_training else "stopped"
+    return f"{row.loss} ({doing}, step {run.rows[-1]['step']:,} of {run.config['max_iters']:,})"
 
 
-def notes(lines: list[Line], groups: dict[Row, list[TrainedRun]]) -> list[str]:
-    """What a reader must know of the table, a sentence or two at a time."""
-    many = any(line.loss.uncertainty for line in lines)
-    skips = [f"; {each.row.name} over {each.before.name}" for each in lines if each.skips]
-    return [
-        conditions(groups),
-        "Validation loss: nats per character over the whole validation split, at a run's best "
-        f"evaluation{'; mean ± standard deviation over the seeds' if many else ''}. Train loss: "
-        "over the batches just before it.",
-        f"Improvement: over the stage before, for variants too{''.join(dict.fromkeys(skips))}"
-        f"{'; ± the standard error of the difference' if many else ''}.",
-        "Seconds include evaluations but not start-up. Runs that compare.py trains in parallel "
-        "share the CPU cores and, for the small stages, the GPU.",
+def notes(rows: list[Row]) -> list[str]:
+    """What a reader must know of the table."""
+    runs = [run for row in rows for run in row.runs]
+    seeds = {row.name: ", ".join(map(str, row.losses)) for row in rows}
+    most = max(seeds.values(), key=[*seeds.values()].count)
+    others = [f"{name} {has}" for name, has in seeds.items() if has != most]
+    baselines = {row.baseline.name for row in rows if row.improvement}
+    over = f"over {[*baselines][0]}" if len(baselines) == 1 else "over the stage before"
+    unclear = [row.name for row in rows if (x := row.improvement) and x.error and not x.is_clear]
+    unfinished = [
+        f"{run.folder} (step {run.rows[-1]['step']})" for run in runs if not run.is_finished
     ]
+    pytorch = ", ".join(sorted({run.about["versions"]["torch"] for run in runs}))
+    flags = "".join(f", {each}" for each in common_flags(row.runs[0] for row in rows))
+    remarks = {
+        f"Trained on {runs[0].about['corpus']['name']} with PyTorch {pytorch}{flags}": True,
+        f"Seeds: {'; '.join([most, *others])}": True,
+        "Validation loss: nats per character over the whole validation split, at the best "
+        "evaluation; ± standard deviation over the seeds": True,
+        f"Improvement: {over}; ± standard error over pairs with the same seed": baselines,
+        f"No difference shown (below two standard errors): {', '.join(unclear)}": unclear,
+        f"Unfinished, so used only in rows without others: {', '.join(unfinished)}": unfinished,
+    }
+    return [f"{remark}." for remark, applies in remarks.items() if applies]
 
 
 def as_markdown(table: Table) -> str:
     headings, *rows = table
-    rule = ["---" if heading in TEXT_COLUMNS else "---:" for heading in headings]
-    if headings[0] == "run":
-        rows = [[f"`{row[0]}`", *row[1:]] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, rule, *rows]) + "\n"
+    return layout([headings, *([f"`{row[0]}`", *row[1:]] for row in rows)], "pipe") + "\n"
 
 
 def as_text(table: Table, width: int) -> str:
-    """For a terminal: drops columns that do not fit, the least important first."""
-    for heading in DROPPED_FIRST:
-        if heading not in table[0]:
-            continue
-        if len(text_lines(table)[0]) <= width:
-            break
-        i = table[0].index(heading)
-        table = [row[:i] + row[i + 1 :] for row in table]
-    return "\n".join(line.rstrip() for line in text_lines(table)) + "\n"
+    """For a terminal: columns that do not fit are left out, the last first."""
+    while True:
+        headings, *rows = table
+        text = layout([[each.replace(" ", "\n") for each in headings], *rows], "simple")
+        if len(table[0]) <= 3 or max(map(len, text.splitlines())) <= width:
+            return text + "\n"
+        table = [row[:-1] for row in table]
 
 
-def text_lines(table: Table) -> list[str]:
-    """All equally long; headings of numbers have one word per line."""
-    height = max(len(heading.split()) for heading in table[0])
-    columns = []
-    for heading, *cells in zip(*table, strict=True):
-        is_text = heading in TEXT_COLUMNS
-        words = [heading] if is_text else heading.split()
-        cells = [""] * (height - len(words)) + words + cells
-        width = max(map(len, cells))
-        columns.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
-    lines = ["  ".join(row) for row in zip(*columns, strict=True)]
-    return [*lines[:height], "-" * len(lines[0]), *lines[height:]]
+def layout(table: Table, form: str) -> str:
+    sides = ["left" if heading in TEXT_COLUMNS else "right" for heading in table[0]]
+    return tabulate(table[1:], table[0], form, colalign=sides, disable_numparse=True)
+
+
+FIELDS = ("stage", "flags", "seed", "parameters", "step", "train_loss", "val_loss", "final_loss")
+
+
+def results_csv(rows: list[Row]) -> bytes:
+    """A line for each run: at its best evaluation the losses, at the end the rest."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*FIELDS, "tokens", "seconds"])
+    for run in (run for row in rows for run in row.finished):
+        own = [run.stage, " ".join(run.flags), run.seed, run.about["parameters"]]
+        best = [run.best[name] for name in ("step", "train_loss", "val_loss")]
+        last = [run.rows[-1][name] for name in ("val_loss", "tokens", "seconds")]
+        writer.writerow([*own, *best, *last])
+    return text.getvalue().encode("utf-8")

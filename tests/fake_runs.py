@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from comparison.runs import Row, Terms
+from comparison.runs import wanted_config
+from trainer.corpus import Corpus
 from trainer.history import losses_csv
 
 PARAMETERS = 1234
@@ -12,25 +13,25 @@ PARAMETERS = 1234
 
 def write_run(
     folder: Path,
-    terms: Terms,
-    row: Row,
+    command: str,  # such as `residual --no-residual`
+    text: Corpus,
     seed: int = 1,
     loss: float = 2.0,  # at the end
     seconds: float = 10.0,
     rows: int | None = None,  # of losses.csv; None: all of a finished run
     **changes: Any,  # of config.json
 ) -> None:
-    config = terms.config(row) | changes.pop("config", {})
+    config = wanted_config(command, "cpu") | {"vocab_size": len(text.vocabulary)}
     last = config["max_iters"]
-    settings = {
-        "stage": row.stage,
+    about = {
+        "stage": command.split()[0],
         "config": config,
         "seed": seed,
         "init_from": "",
         "changed_on_resume": [],
-        "device": terms.device,
+        "device": "cpu",
         "dtype": "float32",
-        "corpus": {"name": terms.corpus.name, "path": "", "sha256": terms.corpus.sha256},
+        "corpus": {"name": text.name, "path": text.path, "sha256": text.sha256},
         "parameters": PARAMETERS,
         "versions": {"torch": "2.0"},
     } | changes
@@ -46,5 +47,5 @@ def write_run(
         for step in [*range(0, last, config["eval_interval"]), last]
     ]
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
     (folder / "losses.csv").write_bytes(losses_csv(log[:rows]))

@@ -1,64 +1,43 @@
-"""The comparison: which runs it trains, which it leaves out, and what it makes of their losses."""
+"""The comparison: which runs it trains, which it takes, and what it makes of their losses."""
 
 import csv
 import itertools
-import json
 import os
 import random
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 
-from compare import RUNS, jobs_for, lock
-from comparison.curves import AXES, THEMES, draw
-from comparison.ideas import EQUAL_STEPS, equal_seconds
-from comparison.runs import ROWS, Terms, find_runs
-from comparison.table import Result, improvement, lines_of, read_results
+import compare as comparing
+from compare import Comparison, commands_of, link, parse
+from comparison.runs import read_run, wanted_config
+from comparison.table import rows_of
+from comparison.train import RUNS
 from sample import stage_module
-from trainer.corpus import open_corpus
+from trainer.corpus import Corpus, open_corpus
 
 import numpy as np
 import pytest
 from conftest import COMPARE, COMPARE_STEPS, ROOT, STAGES, files, finish, losses, start
 from fake_runs import write_run
-from matplotlib.figure import Figure
-from matplotlib.text import Text
+from filelock import FileLock
+from test_bad_input import refusal
 
-SMALL_ROWS = [row for row in ROWS if row.preset in ("", "small")]
-NAMES = [row.name for row in SMALL_ROWS]
-OUTPUTS = {"losses.csv", "table.md", "curves.svg", "curves-dark.svg", "curves.png", "report.html"}
-OUT = RUNS / "text"
-
-
-@pytest.fixture
-def terms(text: Path) -> Terms:
-    return Terms(open_corpus(text), "cpu", max_iters=COMPARE_STEPS)
+COMMANDS = [*comparing.SMALL_STAGES, "gpt --preset small", "modern_gpt --preset small"]
+OUTPUTS = {"losses.csv", "table.md", "report.html"}
+OUTPUTS |= {f"{name}{dark}.svg" for name in ("curves", "staircase") for dark in ("", "-dark")}
+QUICK = f"--max-iters {COMPARE_STEPS} --eval-interval {COMPARE_STEPS // 10}"
+OUT = RUNS / f"text-{COMPARE_STEPS}-steps"
 
 
 @pytest.fixture
-def fake(terms: Terms, tmp_path: Path) -> Path:
-    """A folder with a finished run of each row and seed, none of them trained."""
-    numbers = random.Random(1)
-    for row, seed in itertools.product(SMALL_ROWS, (1, 2)):
-        loss, seconds = numbers.uniform(1, 4), numbers.uniform(1, 400)
-        write_run(folder_of(tmp_path, row.name, seed), terms, row, seed, loss, seconds)
-    return tmp_path
-
-
-@pytest.fixture
-def found(fake: Path, terms: Terms, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    monkeypatch.chdir(fake)
-    terms.seeds = range(1, 3)
-    return lambda: find_runs(terms, RUNS)
-
-
-def folder_of(folder: Path, name: str, seed: int = 1, steps: int = COMPARE_STEPS) -> Path:
-    dashed = "-".join(name.replace("--", "").split())
-    return folder / OUT / f"{dashed}-{steps}-steps-seed-{seed}"
+def corpus(text: Path) -> Corpus:
+    return open_corpus(text)
 
 
 @pytest.fixture
@@ -66,9 +45,38 @@ def compare(run: Callable) -> Callable:
     return lambda *flags: run("compare", *COMPARE, *flags)
 
 
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    with (folder / OUT / "losses.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def refused(run: Callable, tmp_path: Path) -> Callable:
+    return lambda *flags: refusal(run, tmp_path, "compare", *flags)
+
+
+@pytest.fixture
+def fake(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a finished run of each command and seed, none of them trained."""
+    monkeypatch.chdir(tmp_path)
+    numbers = random.Random(1)
+    for command, seed in itertools.product(COMMANDS, (1, 2)):
+        loss, seconds = numbers.uniform(1, 4), numbers.uniform(1, 400)
+        write_run(folder_of(command, seed), f"{command} {QUICK}", corpus, seed, loss, seconds)
+    return tmp_path
+
+
+@pytest.fixture
+def comparison(corpus: Corpus, fake: Path) -> Comparison:
+    return Comparison(corpus, "cpu", COMMANDS, QUICK.split(), range(1, 3))
+
+
+def folder_of(command: str, seed: int = 1, steps: int | None = COMPARE_STEPS) -> Path:
+    length = f"{steps} steps" if steps else ""
+    return RUNS / "text" / "-".join(re.findall(r"\w+", f"{command} {length} seed {seed}"))
+
+
+def table_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of table.md."""
+    lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    headings, _, *rows = [[cell.strip(" `") for cell in row] for row in cells]
+    return [dict(zip(headings, row, strict=True)) for row in rows]
 
 
 # Training what is missing.
@@ -76,35 +84,36 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_every_stage_and_variant_is_trained_with_every_seed(trained, tmp_path, run):
-    assert tuple(dict.fromkeys(row.stage for row in ROWS)) == STAGES
-    assert {path.name for path in (trained / OUT).iterdir() if path.is_file()} == OUTPUTS
-    assert not list(trained.rglob("*.part"))
-    found = [(f"{row['stage']} {row['flags']}".strip(), row["seed"]) for row in rows_of(trained)]
-    assert found == [(name, seed) for name in NAMES for seed in ("1", "2")]
+    assert tuple(dict.fromkeys(command.split()[0] for command in COMMANDS)) == STAGES
+    assert {path.name for path in (trained / OUT).iterdir()} == OUTPUTS
+    with (trained / OUT / "losses.csv").open(encoding="utf-8", newline="") as file:
+        found = [(row["stage"], row["flags"], row["seed"]) for row in csv.DictReader(file)]
+    expected = [tuple(f"{each} {QUICK}".split(" ", 1)) for each in COMMANDS]
+    assert found == [(*each, seed) for each in expected for seed in ("1", "2")]
     output = (trained / "output.txt").read_text(encoding="utf-8")
-    assert "left out" not in output
-    for name, seed in found:
-        assert f"] {name}, seed {seed}: validation loss " in output
+    for command, seed in itertools.product(COMMANDS, (1, 2)):
+        assert f"] {command}, seed {seed}: validation loss " in output
+    assert re.search(r"report: file://\S+report.html", output)
     # A run of the comparison is the run of its stage, and none of them is trained twice.
-    flags = f"--norm post --max-iters {COMPARE_STEPS} --eval-interval {COMPARE_STEPS // 10}"
-    flags = [*flags.split(), "--data", trained / "text.txt", "--out", "alone", "--seed", 2]
-    assert run("layer_norm", *flags)[0] == 0
-    assert losses(Path("alone")) == losses(folder_of(trained, "layer_norm --norm post", seed=2))
+    flags = [*"--norm post".split(), *QUICK.split(), "--data", trained / "text.txt", "--seed", 2]
+    assert run("layer_norm", *flags, "--out", "alone")[0] == 0
+    one = trained / folder_of("layer_norm --norm post", 2)
+    assert losses(Path("alone")) == losses(one.with_name(one.name))
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     before = files(tmp_path)
-    for flags in (["--seeds", 2], ["--no-train"]):
-        code, output, errors = run("compare", *COMPARE, *flags)
-        assert (code, errors) == (0, "")
-        assert files(tmp_path) == before  # byte for byte, pictures too
+    assert run("compare", *COMPARE, "--seeds", 2)[0] == 0
+    assert files(tmp_path) == before  # byte for byte, pictures too
+    assert run("compare", *COMPARE, "--no-train")[0] == 0  # into a folder of its own
+    assert {path: files(tmp_path)[path] for path in before} == before
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_the_same_command_resumes(text, tmp_path, run):
-    flags = [*COMPARE, "--max-iters", 300, "--stages", "residual", "--seeds", 1]
+    commands = ["residual", "residual --no-residual"]
+    flags = [*COMPARE, "--max-iters", 300, *commands, "--seeds", 1]
     process = start("compare", *flags, cwd=tmp_path, threads=2)
-    names = ("residual", "residual --no-residual")
-    folders = [folder_of(tmp_path, name, steps=300) for name in names]
+    folders = [tmp_path / folder_of(each, steps=300) for each in commands]
     deadline = time.monotonic() + 120
     while not all((folder / "losses.csv").exists() for folder in folders):
         if time.monotonic() > deadline or process.poll() is not None:
@@ -122,19 +131,19 @@ def test_the_same_command_resumes(text, tmp_path, run):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_does_not_stop_the_others(terms, tmp_path):
+def test_a_run_that_fails_does_not_stop_the_others(corpus, tmp_path):
     copy = tmp_path / "course"
     ignored = shutil.ignore_patterns(".*", "runs", "*.txt", "notebooks", "results")
     shutil.copytree(ROOT, copy, ignore=ignored)
     script = copy / "self_attention.py"
     code = script.read_text(encoding="utf-8").replace("B, T = idx.shape", "B, T = idx.shape[9]")
     script.write_text(code, encoding="utf-8")  # a reader's mistake
-    damaged = folder_of(tmp_path, "bigram")
-    write_run(damaged, terms, ROWS[0], rows=4)  # unfinished
+    damaged = tmp_path / folder_of("bigram")
+    write_run(damaged, f"bigram {QUICK}", corpus, rows=4)  # unfinished
     (damaged / "checkpoint.pt").write_bytes(b"damaged")
-    flags = ["--stages", "bigram,self_attention,multihead_attention", "--seeds", "1"]
+    scripts = ["bigram", "self_attention", "multihead_attention", "--seeds", "1"]
     result = subprocess.run(
-        [sys.executable, copy / "compare.py", *COMPARE, *flags],
+        [sys.executable, copy / "compare.py", *COMPARE, *scripts],
         cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",
@@ -146,78 +155,77 @@ def test_a_run_that_fails_does_not_stop_the_others(terms, tmp_path):
     assert "bigram, seed 1: FAILED: bigram.py: " in result.stdout
     assert result.stderr.startswith("compare.py: not trained: ")
     assert len(result.stderr.splitlines()) == 1
-    assert [row["stage"] for row in rows_of(tmp_path)] == ["multihead_attention"]
+    assert "multihead_attention, seed 1: validation loss" in result.stdout
 
 
-def test_two_comparisons_do_not_train_in_the_same_place(text, compare):
-    with lock():
-        code, _, errors = compare("--stages", "bigram", "--seeds", 1)
-    assert code == 2
-    assert "another compare.py, or a run that it started, is training in " in errors
+def test_two_comparisons_do_not_train_in_the_same_place(tmp_path, compare):
+    (tmp_path / RUNS).mkdir(parents=True)
+    with FileLock(tmp_path / RUNS / ".lock"):
+        code, _, errors = compare("bigram", "--seeds", 1)
+    assert code == 2 and "another compare.py is training in " in errors
 
 
-def test_only_what_is_missing_is_trained(fake, terms, found):
-    shutil.rmtree(folder_of(fake, "residual --no-residual", seed=2))
-    variant = next(row for row in ROWS if row.flags == "--no-residual")
-    write_run(fake / "runs" / "mine", terms, variant, seed=2, rows=4)  # perhaps it still runs
-    shutil.rmtree(folder_of(fake, "bigram"))
-    write_run(folder_of(fake, "bigram"), terms, ROWS[0], rows=4)
-    runs = found()
-    assert runs.left_out == [f"{Path('runs', 'mine')}: unfinished, or still running"]
-    resumed, new = jobs_for(terms, runs)
-    assert (resumed.row.name, resumed.seed, "--resume" in resumed.arguments) == ("bigram", 1, True)
+def test_only_what_is_missing_is_trained(comparison, corpus):
+    shutil.rmtree(folder_of("residual --no-residual", 2))
+    command = f"residual --no-residual {QUICK}"
+    write_run(Path("runs", "mine"), command, corpus, seed=2, rows=4)  # perhaps it still trains
+    shutil.rmtree(folder_of("bigram"))
+    write_run(folder_of("bigram"), f"bigram {QUICK}", corpus, rows=4)
+    resumed, new = comparison.jobs(comparison.find())
+    assert (resumed.name, "--resume" in resumed.arguments) == ("bigram, seed 1", True)
     assert new.name == "residual --no-residual, seed 2"
     assert {"--no-residual", "--max-iters", "--seed"} <= set(new.arguments)
-    assert new.folder == folder_of(Path(), "residual --no-residual", seed=2)
+    assert new.folder == folder_of("residual --no-residual", 2)
+    write_run(Path("runs", "own"), command, corpus, seed=2)  # finished: it need not be trained
+    assert [job.name for job in comparison.jobs(comparison.find())] == [resumed.name]
 
 
-# What is left out, and why.
+OTHER = [
+    {"corpus": {"name": "other", "path": "", "sha256": "0" * 64}},
+    {"seed": 3},
+    {"device": "cuda"},
+    {"changed_on_resume": ["--max-iters"]},
+    {"init_from": "runs/gpt"},
+]
 
 
-@pytest.mark.parametrize(
-    "changes, reason",
-    [
-        ({"corpus": {"name": "other", "sha256": "0" * 64}}, "another text, other"),
-        ({"config": {"n_embd": 64}}, "made with --n-embd 64"),
-        ({"config": {"n_head": 2, "norm": "post"}}, "made with --n-head 2"),  # nearest: the variant
-        ({"config": {"color": "red"}}, "made with --color red"),
-        ({"seed": 3}, "made with --seed 3"),
-        ({"device": "cuda"}, "made on cuda, and this comparison is for cpu"),
-        ({"changed_on_resume": ["--max-iters"]}, "resumed with another --max-iters"),
-        ({"init_from": "runs/gpt"}, "started from the weights of another run"),
-        ({}, "the same run as "),
-    ],
-)
-def test_other_runs_are_left_out(changes, reason, found, terms, fake):
-    before = found().finished
-    row = next(row for row in ROWS if row.stage == "layer_norm")
-    write_run(fake / "runs" / "my_layer_norm", terms, row, **changes)
-    after = found()
-    (line,) = after.left_out
-    assert line.startswith(f"{Path('runs', 'my_layer_norm')}: ") and reason in line
-    assert after.finished == before
+@pytest.mark.parametrize("changes", OTHER)
+def test_other_runs_do_not_count(changes, comparison, corpus):
+    shutil.rmtree(folder_of("layer_norm"))
+    command = f"layer_norm {QUICK}"
+    before = comparison.find()
+    write_run(Path("runs", "other"), command, corpus, **changes)
+    write_run(Path("runs", "wide"), f"{command} --n-embd 64", corpus)
+    assert comparison.find() == before
+    write_run(Path("runs", "same"), command, corpus)
+    assert comparison.find().keys() - before.keys() == {("layer_norm", 1)}
 
 
-HEAD = "step,train_loss,val_loss,learning_rate,tokens,seconds\n"
-DAMAGED_LOGS = (
-    *("", HEAD, f"{HEAD}0,3,3,1,0,1\n5,2.", f"{HEAD}0,3,low,1,0,1\n", f"{HEAD}0,3,nan,1,0,1\n"),
-    f"{HEAD}0,3,3,1,0,1\n4,3,3,1,0,1\n",  # a row is missing
-    "step,val_loss,train_loss,learning_rate,tokens,seconds\n0,3,3,1,0,1\n",
-    "\udcff\udcfe",
-)
-DAMAGED_CONFIGS = ("", "{", "[]", '{"stage": "bigram"}', "\udcff")
-DAMAGED = [*(("losses.csv", content) for content in DAMAGED_LOGS)]
-DAMAGED += [("config.json", content) for content in DAMAGED_CONFIGS]
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+@pytest.mark.slow
+def test_on_a_terminal_each_run_has_a_live_line(text, tmp_path):
+    import fcntl
+    import pty
+    import termios
 
-
-@pytest.mark.parametrize("name, content", DAMAGED)
-def test_a_damaged_run_is_left_out(name, content, found, fake):
-    path = folder_of(fake, "bigram") / name
-    path.write_bytes(content.encode("utf-8", errors="surrogateescape"))
-    after = found()
-    (line,) = after.left_out
-    assert line.startswith(f"{path.parent.relative_to(fake)}: its {name}")
-    assert len(after.finished) == 2 * len(NAMES) - 1
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # 40 rows of 120
+    command = [sys.executable, ROOT / "compare.py", "residual", "--seeds", "1", *COMPARE]
+    command += ["--max-iters", "200"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=side, stderr=side)
+    os.close(side)
+    shown = b""
+    while True:
+        try:
+            shown += (chunk := os.read(main, 10_000))
+        except OSError:  # how Linux reports its end
+            break
+        if not chunk:
+            break
+    assert process.wait(60) == 0
+    shown = shown.decode("utf-8", errors="replace")
+    assert re.search(r"residual, seed 1  step \d+/200 .*loss \d\.\d+.* left", shown)
+    assert re.search(r"all +\d+%", shown)
 
 
 # Bad input.
@@ -226,117 +234,196 @@ def test_a_damaged_run_is_left_out(name, content, found, fake):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--stages bigram,trigram", "'trigram' is not a stage"),
-        ("--stages", "--stages"),
-        ("--no-train --max-iters 30", "nothing to compare"),
-        ("--prompt 字", "--prompt"),
+        ("bigram trigram", "trigram"),
+        ("bigram --stages", "--stages"),
+        ("bigram --n-embd 8", "--n-embd"),
+        ("--prompt 字 --no-train", "--prompt"),
         ("--out text.txt", "cannot write text.txt"),
         ("--no-train --out text.txt", "cannot write text.txt"),
-        (f"--out {folder_of(Path(), 'bigram')}", "holds a run: choose another folder with --out"),
-        ("--modern --stages bigram,gpt", "leave out --stages"),
+        (f"--no-train --out {'x' * 300}", "cannot write"),
+        (f"--out {folder_of('bigram')}", "holds a run: choose another folder with --out"),
+        ("--modern bigram gpt", "name no runs or scripts"),
         ("--modern --no-train", "nothing to compare"),
+        ("--no-train --max-iters 30", "nothing to compare"),
+        (f"{folder_of('bigram')} bigram", "bigram is no run"),
+        (f"{folder_of('bigram')} --seeds 2", "--seeds"),
+        (f"{folder_of('bigram')} {RUNS}", "is no run"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(flags, message, fake, compare):
-    before = files(fake)
-    code, _, errors = compare(*flags.split())
-    assert code == 2
-    assert message in errors and len(errors.splitlines()) == 1
-    assert files(fake) == before
+def test_bad_input_is_refused_before_anything_is_written(flags, message, fake, refused):
+    assert message in refused("--data", "text.txt", "--device", "cpu", *flags.split())
+
+
+def test_runs_on_different_texts(fake, refused, corpus):
+    other = {"name": "other", "path": "", "sha256": "0" * 64}
+    write_run(Path("runs", "other"), "bigram", corpus, corpus=other)
+    complaint = refused(folder_of("bigram"), "runs/other")
+    assert "different texts" in complaint and "other" in complaint
+
+
+HEAD = "step,train_loss,val_loss,learning_rate,tokens,seconds\n"
+DAMAGED = [("losses.csv", content) for content in ("", HEAD, f"{HEAD}0,3,3,1,0,1\n5,2.")]
+DAMAGED += [("losses.csv", f"{HEAD}0,3,{loss},1,0,1\n") for loss in ("low", "nan")]
+DAMAGED += [("losses.csv", "\udcff\udcfe")]
+DAMAGED += [("config.json", x) for x in ("", "{", "[]", '{"stage": "bigram"}', "[" * 100_000)]
+
+
+@pytest.mark.parametrize("name, content", DAMAGED)
+def test_a_damaged_run(name, content, comparison, refused):
+    path = folder_of("bigram") / name
+    path.write_bytes(content.encode("utf-8", errors="surrogateescape"))
+    assert len(comparison.find()) == 2 * len(COMMANDS) - 1
+    assert str(path.parent) in refused(folder_of("residual"), path.parent)
+
+
+# Any runs.
+
+
+@pytest.mark.slow
+def test_scripts_with_flags(text, tmp_path, compare):
+    small = "gpt --n-embd 8 --n-head 1 --n-layer 1 --block-size 8"
+    code, output, errors = compare(
+        f"{small},{small} --dropout 0.2", "gpt.py --n-embd 4 --n-layer 1"
+    )
+    assert (code, errors) == (0, "")
+    assert output.count("validation loss") >= 9
+    (folder,) = [path.parent for path in (tmp_path / RUNS).glob("*/table.md")]
+    assert [row["run"].count("--dropout") for row in table_of(folder)] == [0, 1, 0]
+    assert (
+        "0 to train, 9 exist"
+        in compare(small, f"{small} --dropout 0.2", "gpt --n-embd 4 --n-layer 1")[1]
+    )
+
+
+def test_a_reader_compares_a_script_of_his_own(corpus, fake, run, monkeypatch):
+    mine = ROOT / "my_test_gpt.py"
+    source = (ROOT / "gpt.py").read_text(encoding="utf-8")
+    mine.write_text(source.replace("dropout: Fraction = 0.2", "dropout: Fraction = 0.3"), "utf-8")
+    try:
+        flags = "--preset small --max-iters 2 --block-size 8 --n-embd 8 --device cpu".split()
+        flags += ["--eval-interval", 1, "--data", "text.txt"]
+        for seed in (1, 2):
+            for script in ("gpt", "my_test_gpt"):
+                out = ["--out", f"runs/{script} {seed}", "--seed", seed]
+                assert run(script, *flags, *out)[0] == 0
+        assert run("gpt", *flags, "--n-embd", 16, "--out", "runs/wide")[0] == 0
+        runs = ["runs/gpt 1", "runs/my_test_gpt 1", "runs/gpt 2", "runs/my_test_gpt 2", "runs/wide"]
+        code, output, errors = run("compare", *runs, "--out", "compared")
+        assert (code, errors) == (0, "")
+    finally:
+        mine.unlink()
+    rows = table_of(Path("compared"))
+    names = ["gpt --preset small --n-embd 8", "my_test_gpt --preset small --n-embd 8"]
+    assert [row["run"] for row in rows] == [*names, "gpt --preset small --n-embd 16"]
+    assert "--max-iters 2" in output and "Seeds: 1, 2; gpt --preset small --n-embd 16 1." in output
+    assert "dtype" not in rows[0] and "±" in rows[1]["improvement"]
+    assert "±" not in rows[2]["improvement"] != ""
+
+
+def test_unfinished_runs_are_shown_as_such(corpus, fake, run):
+    write_run(Path("runs", "stopped"), "bigram --block-size 4", corpus, rows=4)
+    write_run(Path("runs", "training"), "bigram --block-size 16", corpus, rows=3)
+    with FileLock("runs/.training.lock"):
+        folders = [folder_of("bigram"), "runs/stopped", "runs/training"]
+        code, _, errors = run("compare", *folders, "--out", "compared")
+    assert code == 0, errors
+    _, stopped, training = table_of(Path("compared"))
+    assert "(stopped, step 1,500 of 5,000)" in stopped["validation loss"]
+    assert "(training, step 1,000 of 5,000)" in training["validation loss"]
+    assert "improvement" not in stopped
+
+
+def test_many_rows(corpus, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    for n_embd in range(1, 31):
+        write_run(Path("runs", str(n_embd)), f"self_attention --n-embd {n_embd}", corpus)
+    code, _, errors = run("compare", *map(str, sorted(Path("runs").iterdir())), "--out", "all")
+    assert code == 0, errors
+    assert len(table_of(Path("all"))) == 30
 
 
 # The numbers.
 
 
-def test_the_table_is_what_the_runs_logged(fake, compare):
+def test_the_table_is_what_the_runs_logged(corpus, fake, run):
     """Computed again from the runs' own files, with NumPy."""
-    code, output, _ = compare("--no-train")
-    assert code == 0
-    markdown = (fake / OUT / "table.md").read_text(encoding="utf-8")
-    headings, _, *rows = (
-        line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("|")
-    )
-    names = [row[0].strip("`").replace(".py", "") for row in rows]
-    assert names == NAMES
-    before = dict(zip(STAGES[1:], STAGES, strict=False)) | {"modern_gpt": "gpt --preset small"}
-    best = {}
-    for name, row in zip(names, rows, strict=True):
-        logs = [
-            np.genfromtxt(folder_of(fake, name, seed) / "losses.csv", delimiter=",", names=True)
-            for seed in (1, 2)
-        ]
-        best[name] = np.array([log["val_loss"].min() for log in logs])
+    numbers = random.Random(2)
+    commands = ["bigram", "self_attention", "residual", "residual --no-residual", "layer_norm"]
+    for command, seed in itertools.product(commands, (1, 2, 3)):
+        folder = folder_of(command, seed, None)
+        write_run(folder, command, corpus, seed, numbers.uniform(1, 4), numbers.uniform(1, 400))
+    assert run("compare", "--data", "text.txt", "--no-train", "--device", "cpu")[0] == 0
+    rows, best = table_of(RUNS / "text-existing"), {}
+    assert [row["run"] for row in rows] == commands
+    before = {"self_attention": "bigram", "residual": "self_attention", "layer_norm": "residual"}
+    for row in rows:
+        folders = [folder_of(row["run"], seed, None) / "losses.csv" for seed in (1, 2, 3)]
+        logs = [np.genfromtxt(path, delimiter=",", names=True) for path in folders]
+        best[row["run"]] = loss = np.array([log["val_loss"].min() for log in logs])
         train = np.mean([log["train_loss"][log["val_loss"].argmin()] for log in logs])
-        seconds = np.array([log["seconds"][-1] for log in logs])
-        tokens = np.array([log["tokens"][-1] for log in logs])
-        mean, deviation = best[name].mean(), best[name].std(ddof=1)
-        cells = dict(zip(headings, row, strict=True))
-        assert cells["validation loss"] == f"{mean:.3f} ± {deviation:.3f}"
-        assert cells["train loss"] == f"{train:.3f}"
-        assert cells["bits per character"] == f"{mean / np.log(2):.3f}"
-        assert cells["seconds to train"] == f"{seconds.mean():,.1f}"
-        assert cells["characters per second"] == f"{tokens.sum() / seconds.sum():,.0f}"
-        stage = before.get(name.split()[0])
-        if stage is None:
-            assert cells["improvement"] == ""
-        else:
-            error = np.sqrt(best[stage].var(ddof=1) / 2 + best[name].var(ddof=1) / 2)
-            assert cells["improvement"] == f"{best[stage].mean() - mean:.3f} ± {error:.3f}"
-    warning = "20 steps instead of 2000 to 5000"
-    assert warning in output and warning in markdown
-    assert warning in (fake / OUT / "report.html").read_text(encoding="utf-8")
-    for name in ("curves.svg", "curves-dark.svg"):
-        picture = ElementTree.parse(fake / OUT / name).getroot()
-        ids = [element.get("id") for element in picture.iter() if element.get("id")]
-        for column, each in itertools.product(AXES, NAMES):
-            assert ids.count("-".join([column, *each.split()])) == 1
-    assert (fake / OUT / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert row["validation loss"] == f"{loss.mean():.3f} ± {loss.std(ddof=1):.3f}"
+        assert row["train loss"] == f"{train:.3f}"
+        assert row["bits per character"] == f"{loss.mean() / np.log(2):.3f}"
+        times = [np.min(np.diff(log["seconds"]) / np.diff(log["step"])) for log in logs]
+        assert row["ms per step"] == f"{1000 * min(times):.2f}"
+        if stage := before.get(row["run"].split()[0]):
+            pairs = best[stage] - loss
+            mean, error = pairs.mean(), pairs.std(ddof=1) / np.sqrt(3)
+            assert row["improvement"] == f"{mean:.3f} ± {error:.3f}".replace("-", "−")
 
 
-def test_an_improvement_is_over_the_stage_before_never_over_a_variant():
-    assert improvement([2.0, 3.0], [1.0]) == (1.5, None)  # one run shows no uncertainty
-    stages = [("multihead_attention", ""), ("feed_forward", "")]
-    stages += [("residual", ""), ("residual", "--no-residual")]
-    stages += [("layer_norm", ""), ("layer_norm", "--norm post")]
-    stages += [("gpt", "--preset small"), ("gpt", "--preset full")]
-    stages += [("modern_gpt", f"--preset {preset}") for preset in ("small", "middle", "full")]
-    losses = [2.25, 2.2, 2.1, 2.3, 2.05, 2.06, 1.6, 1.5, 1.55, 1.48, 1.47]
-    lines = lines_of(
-        Result(*stage, 1, 10, 5, loss + 0.1, loss, 1000, 2.0)
-        for stage, loss in zip(stages, losses, strict=True)
-    )
-    values = [line.improvement and round(line.improvement.value, 3) for line in lines]
-    # Of two presets, the same one counts, if it is there.
-    assert values == [None, 0.05, 0.1, -0.1, 0.05, 0.04, 0.45, 0.55, 0.05, 0.02, 0.03]
-    skips = [line.row.name for line in lines if line.skips]
-    assert skips == ["feed_forward", "modern_gpt --preset middle"]
+def test_a_quick_look_shows_no_improvements(fake, compare):
+    code, output, _ = compare("--no-train")
+    assert code == 0 and "quick look" in output
+    rows = table_of(RUNS / f"text-{COMPARE_STEPS}-steps-existing")
+    assert [row["run"] for row in rows] == COMMANDS
+    assert "improvement" not in rows[0]
 
 
-def test_the_results_are_of_the_models_that_are_here(terms):
-    reference = Terms(terms.corpus, "cpu")
-    reference.corpus.vocabulary = "".join(map(chr, range(65)))  # as many as Tiny Shakespeare has
-    times = json.loads((ROOT / "results" / "step_times.json").read_text(encoding="utf-8"))
-    ideas = EQUAL_STEPS + equal_seconds(times["seconds"], reference)
-    for name, rows in (("losses.csv", ROWS), ("modern.csv", ideas)):
-        known = {(row.stage, row.flags): row for row in rows}
-        for result in read_results(ROOT / "results" / name):
-            config = reference.config(known[result.stage, result.flags])
-            module = stage_module(result.stage)
-            model = module.Model(module.Config(**config))
-            assert result.parameters == sum(weight.numel() for weight in model.parameters())
-            characters = config["batch_size"] * config["block_size"] * config["max_iters"]
-            assert result.tokens == characters
+def test_what_a_row_improves_on(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    large = [
+        f"{stage} --preset {size}" for stage in ("gpt", "modern_gpt") for size in ("small", "full")
+    ]
+    commands = ["feed_forward", "residual", "residual --no-residual", *large]
+    for i, command in enumerate([*commands, "modern_gpt --preset middle"]):
+        write_run(Path("runs", str(i)), command, corpus)
+    rows = rows_of(read_run(Path("runs", str(i))) for i in range(8))
+    link(rows, over_first=False)
+    baselines = [row.baseline and rows.index(row.baseline) for row in rows]
+    assert baselines == [None, 0, 0, 1, 3, 3, 4, 6]
+    assert [row.is_variant for row in rows].index(True) == 2
+    link(rows, over_first=True)
+    assert {row.baseline and row.baseline.name for row in rows} == {None, "feed_forward"}
 
 
-# The curves.
+def test_modern_compares_each_idea_with_all(corpus, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--modern"])
+    commands = commands_of(parse(), "cpu")
+    assert len(commands) == 12 and commands[0] == "modern_gpt --preset small"
+    assert "modern_gpt --preset small --no-rope" in commands
+    for (i, command), seed in itertools.product(enumerate(commands), (1, 2)):
+        loss, seconds = 1.5 + 0.1 * i + 0.01 * seed, 100.0 + 10 * i
+        write_run(folder_of(command, seed), command, corpus, seed, loss, seconds)
+    flags = ["--modern", "--no-train", "--data", "text.txt", "--device", "cpu"]
+    code, output, errors = run("compare", *flags)
+    assert code == 0, errors
+    rows = table_of(RUNS / "text-modern-existing")
+    assert [row["improvement"] for row in rows[:2]] == ["", "−0.100 ± 0.000"]
+    assert [row["relative time"] for row in rows[:2]] == ["1.00", "1.10"]
+    assert "over modern_gpt --preset small" in output
 
 
-@pytest.mark.parametrize("column", AXES)
-def test_every_line_ends_in_its_name_and_no_two_names_overlap(column, found):
-    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
-    panel = figure.subplots()
-    draw(panel, found().by_row(), THEMES["light"], column)
-    figure.draw_without_rendering()
-    assert sorted(label.get_text() for label in panel.texts) == sorted(NAMES)
-    boxes = [Text.get_window_extent(label) for label in panel.texts]  # the letters alone
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+@pytest.mark.parametrize("name", ["losses.csv", "modern.csv"])
+def test_the_results_are_of_the_models_that_are_here(name):
+    with (ROOT / "results" / name).open(encoding="utf-8", newline="") as file:
+        results = list(csv.DictReader(file))
+    for result in {(row["stage"], row["flags"]): row for row in results}.values():
+        config = wanted_config(f"{result['stage']} {result['flags']}", "cpu")
+        module = stage_module(result["stage"])
+        model = module.Model(module.Config(**config))
+        parameters = sum(weight.numel() for weight in model.parameters())
+        assert int(result["parameters"]) == parameters
+        characters = config["batch_size"] * config["block_size"] * config["max_iters"]
+        assert int(result["tokens"]) == characters

@@ -1,176 +1,190 @@
-"""The page of a comparison: it works by keyboard, on a phone, in the dark and on paper."""
+"""The page of a comparison and its pictures: as text, and in a real browser."""
 
 import html
 import itertools
+import random
 import re
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from comparison.report import CodeLine, code_of, difference, prose, read_source
+from compare import LARGE_STAGES, SMALL_STAGES, link
+from comparison.drawing import THEMES, curves, palette, staircase, standalone
+from comparison.report import first_line, highlighted, prose, report, sample_of, steps
+from comparison.runs import read_run
+from comparison.table import Row, notes, rows_of, table
 from sample import generate, load
+from trainer.corpus import open_corpus
+from trainer.sampling import SampleSettings
 
 import pytest
-from conftest import COMPARE_STEPS, ROOT, STAGES
+from conftest import ROOT, STAGES
+from fake_runs import write_run
 
-OUT = Path("runs", "compare", "text")
-OPEN_ALL = "document.querySelectorAll('details').forEach(each => each.open = true)"
-
-
-# What it says.
+LADDER = [*SMALL_STAGES, *LARGE_STAGES[:2], f"{LARGE_STAGES[1]} --no-rope --no-muon --no-rms-norm"]
+MANY = [f"layer_norm --n-embd {8 * i} --max-iters 500" for i in range(1, 26)]
 
 
-@pytest.mark.parametrize("before, after", list(itertools.pairwise(STAGES)))
-def test_a_difference_turns_one_script_into_the_next(before, after):
-    before, after = (code_of(read_source(stage)) for stage in (before, after))
-    lines = list(difference(before, after))
-    for kind, script in (("added", after), ("gone", before)):
-        kept = [line.text for line in lines if line.kind in (kind, "same")]
-        places = [script.index(text) for text in kept if script.count(text) == 1]
-        assert set(kept) <= set(script) and places == sorted(places)
-    added, gone = ([line.text for line in lines if line.kind == kind] for kind in ("added", "gone"))
-    assert len(added) - len(gone) == len(after) - len(before)
-    assert {line for line in after if line not in before} <= set(added)
-    assert {line for line in before if line not in after} <= set(gone)
-    assert CodeLine("gap", "") in lines
-    assert not any(re.search(r"Stage \d of", line.text) for line in lines)  # that is prose
+def fake_rows(folder: Path, commands: list[str]) -> list[Row]:
+    """Two fake runs of each command, linked as compare.py does."""
+    text, numbers = folder / "text.txt", random.Random(1)
+    text.write_text(100 * 'line <script>alert("1")</script> & more\n', encoding="utf-8")
+    for i, (command, seed) in enumerate(itertools.product(commands, (1, 2))):
+        loss = 4 - 0.03 * i + numbers.uniform(0, 0.2)
+        write_run(folder / f"run-{i:02}", command, open_corpus(text), seed, loss, 2.0**i)
+    rows = rows_of(map(read_run, sorted(folder.glob("run-*"))))
+    link(rows, over_first=False)
+    return rows
 
 
-def test_the_prose_of_the_stages_becomes_html():
-    assert prose("    python bigram.py") == "<pre>python bigram.py</pre>"
-    assert prose("**A\nmodel** of `a < b`.") == (
-        "<p><strong>A\nmodel</strong> of <code>a &lt; b</code>.</p>"
-    )
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return fake_rows(tmp_path_factory.mktemp("ladder"), LADDER)
+
+
+def contrast(*colors: list[float]) -> float:  # as WCAG defines it, of values up to 255
+    lights = []
+    for color in colors:
+        parts = (x / 255 for x in color)
+        red, green, blue = (x / 12.92 if x < 0.04 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+        lights.append(0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
+    return max(lights) / min(lights)
+
+
+@pytest.mark.parametrize("count", range(1, 41))
+def test_colors_are_readable_and_tell_rows_apart(count):
+    for theme in THEMES:
+        assert len({(getattr(color, theme), color.dash) for color in palette(count)}) == count
+        shades = [bytes.fromhex(getattr(color, theme)[1:]) for color in palette(count)]
+        background = bytes.fromhex(THEMES[theme]["background"][1:])
+        assert min(contrast(shade, background) for shade in shades) >= 4.5
+        assert all(contrast(a, b) > 1.4 for a, b in itertools.pairwise(shades))
+
+
+def test_a_staircase_descends_by_the_improvements(ladder):
+    ends, scales = {}, []
+    groups = ElementTree.fromstring(staircase(ladder)).findall(".//{*}g")
+    for row, group in zip(ladder, groups, strict=True):
+        paths = [re.findall(r"-?[\d.]+", path.get("d")) for path in group.findall(".//{*}path")]
+        (start, _, ends[row.name]), _, *whisker = [[*map(float, path)] for path in paths]
+        if row.improvement:
+            scales.append((ends[row.name] - start) / row.improvement.value)
+            scales.append((whisker[0][4] - whisker[0][0]) / row.improvement.error / 2)
+            assert start == ends[row.baseline.name]
+            assert str(row.improvement) in [text.text for text in group.findall(".//{*}text")]
+    assert min(scales) > 0 and scales == pytest.approx([scales[0]] * len(scales), rel=0.05)
+
+
+@pytest.mark.parametrize("commands", [MANY[:1], MANY[:2], MANY, LADDER], ids=len)
+def test_pictures_of_any_number_of_rows(commands, tmp_path):
+    rows = fake_rows(tmp_path, commands)
+    svg = ElementTree.fromstring(curves(rows, "seconds"))
+    labels = sorted(float(g.findall("{*}text")[-1].get("y")) for g in svg.findall(".//{*}g"))
+    assert len(labels) == len(rows) and 0 < labels[0] <= labels[-1] < int(svg.get("height"))
+    assert all(b - a > 19 for a, b in itertools.pairwise(labels))
+    titles = [title.text for title in svg.findall(".//{*}title")]
+    loss = sum(run.rows[1]["val_loss"] for run in rows[0].runs) / 2
+    assert f"{rows[0].name}, step 500: {loss:.3f}" in titles
+    assert len(titles) == sum(len(row.runs[0].rows) - 1 for row in rows)  # those after training
+    assert curves(rows, "step").count('"8 4"') == sum(row.is_variant for row in rows)
+    for picture, theme in itertools.product((staircase(rows), curves(rows, "step")), THEMES):
+        file = standalone(picture, theme).decode()
+        assert "var(" not in file and f"background: {THEMES[theme]['background']}" in file
+        assert "nan" not in file and f"color: {getattr(palette(len(rows))[-1], theme)}" in file
+    del rows[0].runs[0].rows[1:], rows[0].runs[1:]
+    assert "(stopped," in staircase(rows) and curves(rows, "step")
+
+
+def test_steps_turn_one_script_into_the_next_as_html(ladder):
+    pairs = zip(steps(ladder), STAGES, (None, *STAGES), strict=False)
+    for (row, *_, before, lines), stage, previous in pairs:
+        assert (row.stage, before) == (stage, previous)
+        for kind, script in (("added", stage), ("gone", previous or stage)):
+            code = iter((ROOT / f"{script}.py").read_text(encoding="utf-8").split("\n"))
+            shown = [re.sub("<.*?>", "", line) for each, line in lines if each in (kind, "same")]
+            assert all(html.unescape(line) in code for line in shown)  # in this order
+    code = '<span class="keyword">def</span> <span class="defined">f</span>(): ...'
+    assert highlighted("def f(): ...") == [code]
+    assert prose("**A\nb** `<`") == "<p><strong>A\nb</strong> <code>&lt;</code></p>"
     assert prose("- one\n  more\n- two") == "<ul><li>one\n  more</li><li>two</li></ul>"
 
 
-@pytest.fixture
-def page_source(trained: Path) -> str:
-    return (trained / OUT / "report.html").read_text(encoding="utf-8")
+def test_samples_continue_the_first_line_of_the_validation_split(small_run, text):
+    small_run("residual", "--seed", 3)
+    settings = SampleSettings(first_line(open_corpus(text)), 30, temperature=0.5)
+    expected = generate(*load("runs/residual"), settings.prompt, 30, 0.5, seed=3)
+    assert sample_of(*rows_of([read_run(Path("runs/residual"))]), settings) == "".join(expected)
 
 
-@pytest.mark.slow
-def test_it_needs_no_script_and_no_other_file(trained, page_source):
-    assert "<script" not in page_source  # though the training text is full of them
-    assert html.escape("<script>") in page_source
-    pattern = r"""(?:src|href|srcset|url|@import)\s*[=(]\s*["']?([^"')\s>]+)"""
-    addresses = re.findall(pattern, page_source)
-    assert addresses and all(each.startswith("data:") for each in addresses)
-    assert str(ROOT) not in page_source and str(trained) not in page_source
+@pytest.fixture(scope="module")
+def address(ladder: list[Row]) -> str:
+    path = ladder[0].runs[0].folder.with_name("report.html")
+    corpus = open_corpus(path.with_name("text.txt"))
+    how = SampleSettings(first_line(corpus))
+    path.write_bytes(report(ladder, table(ladder), notes(ladder), "A warning.", corpus, how))
+    return path.as_uri()
 
 
-@pytest.mark.slow
-def test_the_samples_continue_the_same_prompt(trained, page_source):
-    articles = re.findall(r"<h3>(.*?)</h3>\s*<pre><b>(.*?)</b>(.*?)</pre>", page_source, re.DOTALL)
-    names, prompts, samples = zip(*articles, strict=True)
-    assert [name.split()[0] for name in names] == list(STAGES)
-    text = (trained / "text.txt").read_text(encoding="utf-8")
-    prompt = text[len(text) * 9 // 10 :].split("\n")[1] + "\n"  # not in the training split
-    assert set(map(html.unescape, prompts)) == {prompt}
-    assert {len(html.unescape(sample)) for sample in samples} == {50}
-    assert len(set(samples)) == len(STAGES)
-    model, tokenizer = load(trained / OUT / f"residual-{COMPARE_STEPS}-steps-seed-1", "cpu")
-    continuation = "".join(generate(model, tokenizer, prompt, length=50, seed=1))
-    assert html.unescape(samples[names.index("residual")]) == continuation
+TEXTS = r"""() => [...document.querySelectorAll("nav *, main *")].filter(
+  each => each.firstChild?.data?.trim() && each.getBoundingClientRect().height
+).map(each => {
+  let back = each, box = each.getBoundingClientRect(), css = getComputedStyle;
+  while (css(back).backgroundColor.endsWith(", 0)")) back = back.parentElement;
+  const fits = box.height >= 12 && (box.right <= innerWidth || !!each.closest(".scroll, pre"));
+  const ink = css(each)[each.closest("svg") ? "fill" : "color"];
+  return [fits, ...[ink, css(back).backgroundColor].map(x => x.match(/\d+/g).map(Number))];
+})"""
 
 
-# How it looks and works, in a real browser.
-
-
-@pytest.fixture
-def address(trained: Path) -> str:
-    return (trained / OUT / "report.html").as_uri()
-
-
-@pytest.mark.slow
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [360, 800, 1280])
-def test_nothing_overflows_and_nothing_is_fetched(width, browser, address):
-    page = browser.new_page(viewport={"width": width, "height": 800})
-    messages, requests = [], []
-    page.on("console", lambda message: messages.append(message.text))
-    page.on("pageerror", lambda error: messages.append(str(error)))
-    page.on("dialog", lambda dialog: messages.append(dialog.message))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(address)
-    page.evaluate(OPEN_ALL)
-    assert messages == []
-    assert [url for url in requests if not url.startswith("data:")] == [address]
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    outside = """[...document.querySelectorAll("body *")].filter(element => {
-        const box = element.getBoundingClientRect();
-        const hidden = getComputedStyle(element.closest("thead") ?? element).clipPath != "none";
-        return !hidden && (box.right > innerWidth + 0.5 || box.left < -0.5
-            || element.scrollWidth > element.clientWidth + 1 && element.clientWidth > 0);
-    }).map(element => element.outerHTML.slice(0, 80))"""
-    assert page.evaluate(outside) == []
-    page.close()
-
-
-@pytest.mark.slow
-@pytest.mark.browser
-def test_it_works_by_keyboard(browser, address):
-    page = browser.new_page()
-    page.goto(address)
-    for stage in STAGES:
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.closest('details')?.id") == stage
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-        code = page.locator(f"#{stage} pre.code")
-        assert not code.is_visible()
-        page.keyboard.press("Enter")
-        assert code.is_visible()
-        page.keyboard.press("Space")
-        assert not code.is_visible()
-    page.close()
-
-
-@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_each_color_scheme_is_readable(scheme, browser, address):
-    page = browser.new_page(color_scheme=scheme)
+@pytest.mark.parametrize("width", [390, 846, 1024, 1440])
+def test_the_page_is_readable_and_fits_screens_and_paper(width, scheme, browser, address):
+    page, events = browser.new_page(color_scheme=scheme), []
+    page.set_viewport_size({"width": width, "height": 800})
+    for name in ("console", "pageerror", "dialog", "request"):
+        page.on(name, lambda event: events.append(getattr(event, "url", event)))
     page.goto(address)
-    page.evaluate(OPEN_ALL)
-    for theme in ("light", "dark"):
-        pictures = page.locator(f"img.{theme}-only").all()
-        assert len(pictures) == 2
-        for picture in pictures:
-            assert picture.is_visible() == (theme == scheme)
-            assert picture.evaluate("each => each.naturalWidth") > 300
-    contrasts = page.evaluate(
-        """() => {
-        const numbers = color => color.match(/[0-9.]+/g).map(Number);
-        const part = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-        const light = ([r, g, b]) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
-        const behind = element => {
-            const color = numbers(getComputedStyle(element).backgroundColor);
-            return color.length == 4 && color[3] == 0 ? behind(element.parentElement) : color;
-        };
-        return [...document.querySelectorAll("p, h1, h2, h3, b, td, th, pre, code span, .number")]
-            .map(element => {
-                const [a, b] = [light(numbers(getComputedStyle(element).color)),
-                                light(behind(element))];
-                return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-            });
-        }"""
-    )
-    assert len(contrasts) > 500
-    assert min(contrasts) >= 4.5
-    for kind in ("added", "gone"):  # not by color alone
-        sign = "each => getComputedStyle(each, '::before').content"
-        assert page.locator(f".{kind}").first.evaluate(sign) in ('"+"', '"−"')
+    page.click("#expand")
+    assert [each for each in events if not str(each).startswith("data:")] == [address]
+    texts = page.evaluate(TEXTS)
+    assert len(texts) > 500 and all(fits for fits, *_ in texts)
+    assert min(contrast(*colors) for _, *colors in texts) >= 4.5
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    scrolls = "all => all.some(each => each.scrollWidth > each.clientWidth)"
+    assert page.locator(".scroll").evaluate_all(scrolls) == (width < 1024)
+    assert page.locator("pre.code").evaluate_all(scrolls) or width > 390
+    heights = page.locator(".code .added").evaluate_all("all => all.map(x => x.offsetHeight)")
+    assert len(set(heights)) == 1  # no line wraps
+    page.emulate_media(media="print")
+    assert page.locator("article:visible").count() == len(STAGES)
+    assert page.locator("button:visible, input:visible").count() == 0
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(31, 35, 40)"
     page.close()
 
 
-@pytest.mark.slow
 @pytest.mark.browser
-def test_it_prints_on_white(browser, address):
-    page = browser.new_page(color_scheme="dark")
+def test_it_works_by_keyboard_by_pointer_and_without_scripts(browser, address, ladder):
+    page = browser.new_page()
+    page.goto(f"{address}#residual")
+    assert page.locator("details[open]").get_attribute("id") == "residual"
+    page.focus("#gpt summary")
+    page.keyboard.press("Enter")
+    assert page.locator("#gpt .code").is_visible()
+    for expected in (len(STAGES), 0):
+        page.click("#expand")
+        assert page.locator("details[open]").count() == expected
+    sample, tip = page.locator("article:visible h3"), page.locator(".tip:visible")
+    page.focus("#slider")
+    for key, row in (("ArrowRight", ladder[1]), ("End", ladder[-2]), ("Home", ladder[0])):
+        page.keyboard.press(key)
+        assert sample.inner_text().split() == [*row.name.split(), "loss", *str(row.loss).split()]
+    page.locator(".stops button").last.click()
+    assert ladder[-2].name in sample.inner_text()
+    page.locator(".chart circle").first.hover()
+    assert re.fullmatch(r"\S+, step 500: \d\.\d{3}", tip.inner_text())
+    page.locator(".chart circle").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert ", step 1,000: " in tip.inner_text()
+    page = browser.new_page(java_script_enabled=False)
     page.goto(address)
-    page.emulate_media(media="print", color_scheme="dark")
-    body = "getComputedStyle(document.body)"
-    assert page.evaluate(f"{body}.backgroundColor") == "rgb(255, 255, 255)"
-    assert page.evaluate(f"{body}.color") == "rgb(31, 35, 40)"
-    assert page.locator("img.light-only").first.is_visible()
-    assert not page.locator("img.dark-only").first.is_visible()
-    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", page.pdf(format="A4"))) <= 8
-    page.close()
+    assert page.locator("article:visible").count() == len(STAGES)

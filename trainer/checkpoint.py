@@ -46,8 +46,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         warnings.simplefilter("ignore")  # about foreign files, which are refused below
         with path.open("rb") as file:
             archive = zipfile.ZipFile(file)  # with a checksum of each of its parts
-            are_plain = not any(part.compress_type for part in archive.infolist())
-            if are_plain and archive.testzip() is None:
+            odd = [each for each in archive.infolist() if each.compress_type or each.external_attr]
+            if not odd and archive.testzip() is None:
                 file.seek(0)
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     written = checkpoint.get("format") if isinstance(checkpoint, dict) else None
@@ -69,6 +69,8 @@ def saved_config(config_class: type, checkpoint: Checkpoint) -> Any:
             raise ValueError("it has more layers than weights")
         if Tokenizer(vocabulary).vocabulary != vocabulary or len(vocabulary) != config.vocab_size:
             raise ValueError("its vocabulary is not sorted, or has another size")
+        if not all(weight.isfinite().all() for weight in checkpoint["parts"]["model"].values()):
+            raise ValueError("a weight is NaN or infinite")
     except Exception as error:  # which one depends on what is wrong
         raise misfit(checkpoint, error) from None
     return config

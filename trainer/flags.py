@@ -56,6 +56,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Accept --learning_rate for --learning-rate."""
         words = sys.argv[1:] if args is None else args
+        if empty := [word for word in words if re.fullmatch("--[\\w-]+=--", word)]:
+            self.error(f"{empty[0]}: a value is missing")  # argparse would take it for none
         words = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), w) for w in words]
         return super().parse_known_args(words, namespace)
 

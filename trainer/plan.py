@@ -219,5 +219,5 @@ def model_bytes(config: Any) -> int:
         except Exception as error:  # in a user's own script, for any reason
             return 2**62 if is_out_of_memory(error) else 0
         # Weights, gradients and their running mean in float32; and what PyTorch needs for each.
-        counts.append(sum(12 * weight.numel() + 10_000 for weight in model.parameters()))
+        counts.append(sum(12 * weight.numel() + 15_000 for weight in model.parameters()))
     return counts[0] + (sizes.get("n_layer", 1) - 1) * (counts[1] - counts[0])

@@ -1,0 +1,160 @@
+"""Train the runs that a comparison lacks, several at a time, with a live line for each."""
+
+import csv
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from trainer import UserError
+from comparison.runs import read_run
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = Path("runs", "compare")  # where the runs of comparisons go
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+class Job(NamedTuple):
+    """A run to train, or to resume if its folder exists."""
+
+    command: str  # such as `residual --no-residual`
+    seed: int
+    steps: int
+    tokens: int  # characters that it sees in training
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.command}, seed {self.seed}"
+
+    def start(self, threads: int) -> tuple[subprocess.Popen, IO[bytes]]:
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 (read later)
+        command = [sys.executable, ROOT / f"{self.command.split()[0]}.py", *self.arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": errors}
+        return subprocess.Popen(command, env=environment, **quiet), errors
+
+
+def free_folder(corpus: str, name: str) -> Path:
+    """Its name is for people; config.json says what the run is."""
+    name = "-".join(re.findall(r"\w+", name))[-100:]
+    for number in itertools.count(1):
+        folder = RUNS / corpus / (name if number == 1 else f"{name}-again-{number}")
+        if not os.path.lexists(folder):
+            return folder
+
+
+def train(jobs: list[Job], at_once: int) -> list[str]:
+    """Train several at once, with the cores split evenly; return the names of those that failed."""
+    waiting, running, failed = list(jobs), {}, []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # same as Ctrl-C
+    try:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        with FileLock(RUNS / ".lock", timeout=0), Lines(jobs) as lines:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    job = waiting.pop(0)
+                    running[job] = job.start(torch.get_num_threads() // at_once)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                for job, (process, errors) in list(running.items()):
+                    lines.show(job)
+                    if process.poll() is not None:
+                        del running[job]
+                        lines.end(job, outcome := outcome_of(job, process.returncode, errors))
+                        if outcome.startswith("FAILED"):
+                            failed.append(job.name)
+    except Timeout:
+        raise UserError(f"another compare.py is training in {RUNS.absolute()}: wait") from None
+    except KeyboardInterrupt:
+        print("stopping; the same command resumes", flush=True)
+        raise
+    finally:
+        stop([process for process, _ in running.values()])
+        signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+class Lines:
+    """On a terminal, a live line for each run and one for all; elsewhere one when a run ends."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.weights = {job: weight(job) for job in jobs}
+        self.shares = dict.fromkeys(jobs, 0.0)
+        self.bars: dict[Job, tqdm] = {}
+        self.ended = 0
+        form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left"
+        self.all = tqdm(total=sum(self.weights.values()), disable=None, bar_format=form, desc="all")
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in [*self.bars.values(), self.all]:
+            bar.close()
+
+    def show(self, job: Job) -> None:
+        try:
+            last = read_run(job.folder).rows[-1]
+        except UserError:  # it has not started yet
+            return
+        if job not in self.bars:
+            form = "{desc}  step {n}/{total}{postfix}  {remaining} left"
+            more = {"bar_format": form, "leave": False, "disable": None, "initial": last["step"]}
+            self.bars[job] = tqdm(total=job.steps, desc=job.name, **more)
+        self.bars[job].n = last["step"]
+        self.bars[job].set_postfix_str(f"loss {last['val_loss']:.3f}")
+        self.shares[job] = last["step"] / job.steps
+        self.all.n = sum(self.weights[each] * share for each, share in self.shares.items())
+        self.all.refresh()
+
+    def end(self, job: Job, outcome: str) -> None:
+        if job in self.bars:
+            self.bars.pop(job).close()
+        self.shares[job] = 1.0
+        self.ended += 1
+        self.all.write(f"[{self.ended}/{len(self.shares)}] {job.name}: {outcome}")
+        sys.stdout.flush()
+
+
+def weight(job: Job) -> float:
+    """How long a run takes in comparison with others, from the reference results."""
+    path, speed = ROOT / "results" / "losses.csv", 20_000.0
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for row in csv.DictReader(lines):
+        if row["stage"] == job.command.split()[0] and row["flags"] in job.command:
+            speed = float(row["tokens"]) / float(row["seconds"])
+    return job.tokens / speed
+
+
+def outcome_of(job: Job, code: int, errors: IO[bytes]) -> str:
+    """What a run has reached, or the last line of what it complained about."""
+    errors.seek(0)
+    complaint = errors.read().decode("utf-8", errors="replace").strip() or "no message"
+    last = complaint.splitlines()[-1]
+    try:
+        if code:
+            raise UserError(last if ".py: " in last else complaint)
+        run = read_run(job.folder)
+        return f"validation loss {run.best['val_loss']:.3f} in {run.rows[-1]['seconds']:.1f} s"
+    except UserError as error:
+        return f"FAILED: {error}"
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Let each finish its step and save. On Windows, Ctrl-C has reached them already."""
+    for process in processes:
+        if os.name != "nt":
+            process.terminate()
+    for process in processes:
+        process.wait()
