@@ -41,9 +41,9 @@ def palette(count: int) -> list[Color]:
     for i in range(count):
         pure = colorsys.hsv_to_rgb((0.58 - 0.85 * i / max(count - 1, 1)) % 1, 1, 1)
         own, shades = 0.2126 * pure[0] + 0.7152 * pure[1] + 0.0722 * pure[2], []
-        for luminance in ((0.175, 0.21), (0.085, 0.4))[i % 2]:  # WCAG's contrasts are above 4.6
-            white = max(0, (luminance - own) / (1 - own))
-            linear = [x * min(1, luminance / own) * (1 - white) + white for x in pure]
+        for light in ((0.175, 0.21), (0.085, 0.4))[i % 2]:  # luminances, for contrasts above 4.6
+            white = max(0, (light - own) / (1 - own))  # otherwise, mix the hue with black
+            linear = [x * min(1, light / own) + (1 - x) * white for x in pure]
             srgb = (12.92 * x if x < 0.0031 else 1.055 * x ** (1 / 2.4) - 0.055 for x in linear)
             shades.append("#" + "".join(f"{round(255 * x):02x}" for x in srgb))
         colors.append(Color(*shades, "2 3" if count > 12 and i % 4 > 1 else ""))
@@ -93,10 +93,10 @@ def curves(rows: list[Row], column: str) -> str:
     lines = [lines_of(row, column) for row in rows]
     points = [each for row in lines for line in row for seeds in line for each in seeds]
     at, losses = ([each[name] for each in points] for name in ("at", "val_loss"))
-    shared = set.intersection(*(set(row.name.split()) for row in rows))
-    names = [" ".join(x for x in row.name.split() if x not in shared) or row.name for row in rows]
-    names = [name if len(name) < 23 else f"{name[:21]}…" for name in names]
-    bottom, right = max(340, 60 + 20 * len(rows)), WIDTH - 40 - 9 * max(map(len, names))
+    flags = [re.split(" (?=--)", row.name) for row in rows]
+    shared = set.intersection(*map(set, flags))
+    names = [" ".join(x for x in each if x not in shared) or " ".join(each) for each in flags]
+    bottom, right = max(340, 60 + 20 * len(rows)), WIDTH - 40 - 9 * min(22, max(map(len, names)))
     x, y = scale(min(at), max(at), 50, right), scale(max(losses), min(losses), 40, bottom - 10)
     shapes = [text(0, 16, "validation loss"), text(50, bottom + 42, f"{column.rstrip('s')}s")]
     for tick in ticks(min(at), max(at), step=0.5 if column == "seconds" else None):
@@ -113,7 +113,7 @@ def curves(rows: list[Row], column: str) -> str:
     for i, label in zip(order, [*up][:0:-1], strict=True):
         color, last = palette(len(rows))[i], x(lines[i][-1][-1][0]["at"])
         leader = path([(last, ends[i]), (right + 6, label), (right + 20, label)], "leader")
-        name = text(right + 24, label + 5, names[i])
+        name = text(right + 24, label + 5, names[i] if len(names[i]) < 23 else f"{names[i][:21]}…")
         shapes.append(color.paint("".join([*curve(rows[i], lines[i], color, x, y), leader, name])))
     size = f'width="{WIDTH}" height="{bottom + 50}" viewBox="0 0 {WIDTH} {bottom + 50}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}{"".join(shapes)}</svg>'

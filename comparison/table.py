@@ -22,7 +22,8 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         error = "" if self.error is None else f" ± {self.error:.3f}"
-        return f"{self.value:.3f}".replace("-", "−") + error
+        value = f"{self.value:.3f}".replace("-", "−")
+        return ("0.000" if value == "−0.000" else value) + error
 
     @property
     def is_clear(self) -> bool:

@@ -224,7 +224,7 @@ def test_on_a_terminal_each_run_has_a_live_line(text, tmp_path):
             break
     assert process.wait(60) == 0
     shown = shown.decode("utf-8", errors="replace")
-    assert re.search(r"residual, seed 1  step \d+/200 .*loss \d\.\d+.* left", shown)
+    assert re.search(r"residual, seed 1  step \d+/200, loss \d\.\d+ .* left", shown)
     assert re.search(r"all +\d+%", shown)
 
 
@@ -280,19 +280,12 @@ def test_a_damaged_run(name, content, comparison, refused):
 
 
 @pytest.mark.slow
-def test_scripts_with_flags(text, tmp_path, compare):
+def test_scripts_with_flags(tmp_path, compare):
     small = "gpt --n-embd 8 --n-head 1 --n-layer 1 --block-size 8"
-    code, output, errors = compare(
-        f"{small},{small} --dropout 0.2", "gpt.py --n-embd 4 --n-layer 1"
-    )
+    code, _, errors = compare(f"{small},gpt.py --n-embd 8 --n-layer 1", "--seeds", 1)
     assert (code, errors) == (0, "")
-    assert output.count("validation loss") >= 9
     (folder,) = [path.parent for path in (tmp_path / RUNS).glob("*/table.md")]
-    assert [row["run"].count("--dropout") for row in table_of(folder)] == [0, 1, 0]
-    assert (
-        "0 to train, 9 exist"
-        in compare(small, f"{small} --dropout 0.2", "gpt --n-embd 4 --n-layer 1")[1]
-    )
+    assert ["--n-head 1" in row["run"] for row in table_of(folder)] == [True, False]
 
 
 def test_a_reader_compares_a_script_of_his_own(corpus, fake, run, monkeypatch):
