@@ -261,10 +261,6 @@ def show(
 ) -> None:
     """Print the table, and write every file of the comparison."""
     cells, remarks = table(rows, known_entropy(corpus.path)), notes(rows)
-    width = shutil.get_terminal_size((160, 24)).columns
-    print("\n" + as_text(cells, width))
-    for remark in filter(None, [*remarks, warning]):
-        print(textwrap.fill(remark, width))
     markdown = "\n".join([as_markdown(cells), *remarks, warning])
     files = {
         "losses.csv": results_csv(rows),
@@ -277,6 +273,10 @@ def show(
     make_folder(out)
     for name, content in files.items():
         write_whole(out / name, content)
+    width = shutil.get_terminal_size((160, 24)).columns
+    print("\n" + as_text(cells, width))
+    for remark in filter(None, [*remarks, warning]):
+        print(textwrap.fill(remark, width))
     print(f"report: {(out / 'report.html').resolve().as_uri()}")
 
 

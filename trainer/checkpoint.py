@@ -41,6 +41,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not os.path.isfile(path):
         why = f"it has no {path.name}" if os.path.isdir(path.parent) else "it is not a folder"
         raise UserError(f"{path.parent} holds no trained run: {why}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"cannot read {path}: no permission")
     checkpoint = None
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # which depends on the damage
         warnings.simplefilter("ignore")  # about foreign files, which are refused below
@@ -103,7 +105,9 @@ def layout(part: Any) -> list[dict[tuple[int, str], Any]]:
 def form(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
-    return tuple(map(form, value)) if isinstance(value, tuple | list) else type(value)
+    if isinstance(value, tuple | list):
+        return tuple(map(form, value))
+    return float if type(value) is int else type(value)
 
 
 def misfit(checkpoint: Checkpoint, error: Exception) -> UserError:

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,14 @@ class UserError(Exception):
 
 def cli(main: Callable[[], None]) -> None:
     """Run a script's `main`; report a UserError in one line, with exit code 2."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while PyTorch was loading
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # texts may contain any Unicode character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
-        return sys.stdout.flush()
+        return print(end="", flush=True)
     except UserError as error:
         message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else ""  # once is enough
     except (MemoryError, RuntimeError) as error:
@@ -40,10 +43,10 @@ def cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.filename or error.errno not in (errno.EPIPE, errno.EINVAL, errno.ENOSPC):
             raise
         discard_output()
-        if error.errno == errno.EPIPE:  # nobody reads it any more, as after `| head`
+        if error.errno != errno.ENOSPC:  # nobody reads it anymore, as after `| head`
             sys.exit(0)
         message = f"cannot write the output: {error.strerror}"
     if message:
@@ -53,7 +56,7 @@ def cli(main: Callable[[], None]) -> None:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print; if that fails, go on in silence: what a run leaves behind is in its files."""
+    """Print, but continue if that fails: a run's results are in its files."""
     try:
         print(text, end=end, flush=True)
     except OSError:  # such as a pipe whose reader has ended

@@ -1,5 +1,6 @@
 """The text to train on: by default Tiny Shakespeare, downloaded at first use."""
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -87,8 +88,9 @@ def default_corpus() -> Path:
         write_whole(fallback, pocket_play.play().encode("utf-8"))
     if os.environ.get("RANK", "0") == "0":
         instead = "using the built-in Pocket Play instead; losses are not comparable"
-        print(f"no Tiny Shakespeare ({reason}): {instead}", file=sys.stderr)
-        print(f"to get it, save {TINY_SHAKESPEARE_URL} as {path}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"no Tiny Shakespeare ({reason}): {instead}", file=sys.stderr)
+            print(f"to get it, save {TINY_SHAKESPEARE_URL} as {path}", file=sys.stderr)
     return fallback
 
 

@@ -38,8 +38,6 @@ class World:
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Do `work` in the main process; all processes get its result, or raise its error."""
-        if self.size == 1:
-            return work()
         result = error = None
         if self.is_main:
             try:

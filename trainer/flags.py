@@ -58,7 +58,9 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         if empty := [word for word in words if re.fullmatch("--[\\w-]+=--", word)]:
             self.error(f"{empty[0]}: a value is missing")  # argparse would take it for none
-        words = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), w) for w in words]
+        words = [
+            re.sub(r"^--[\w-]+(?=$|=)", lambda name: name[0].replace("_", "-"), w) for w in words
+        ]
         return super().parse_known_args(words, namespace)
 
     def add_fields(self, title: str, cls: type, presets: dict[str, Any] | None = None) -> None:

@@ -21,15 +21,12 @@ from filelock import FileLock, Timeout
 RUN_FILES = ("checkpoint.pt", "best.pt", "losses.csv", "config.json", "sample.txt")
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager):
     """Where a run's files go; a context that unlocks the folder if the run fails."""
 
     def __init__(self) -> None:
         self.path, self.resume = None, False
         self.unlock: Callable[[], object] = tuple  # nothing is locked yet
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, error: type | None, *_: object) -> None:
         if error:
@@ -62,7 +59,9 @@ class RunFolder:
         try:
             new = [folder for folder in path.parents if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.parent / f".{path.name}.lock", timeout=0)
+            inside = path.is_dir() and not os.access(path.parent, os.W_OK)  # such as a mount point
+            file = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
+            lock = FileLock(file, timeout=0)
             self.unlock = weakref.finalize(self, unlock, lock, new)  # at the latest, at exit
             lock.acquire()
         except Timeout:

@@ -104,7 +104,7 @@ def make_plan(
 
 def script_name(script: Path) -> str:
     """The name of the stage; sample.py must be able to find its script again."""
-    if script.suffix and (script.resolve().parent != ROOT or "." in script.stem):
+    if script.suffix and (script.parent.resolve() != ROOT or "." in script.stem):
         raise UserError(f"sample.py will not find {script}: put it in {ROOT}, without another dot")
     return script.stem
 
@@ -201,8 +201,8 @@ def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None
         raise UserError(f"{corpus.path} is too short: {needs}, and one has {shorter}; try {fits}")
     needed = model_bytes(config) + 16 * config.batch_size * config.block_size  # token ids
     if needed > memory:
-        has = f"at least {needed / 1e9:,.0f} GB of memory, and there are {memory / 1e9:,.0f}"
-        raise UserError(f"training this needs {has}: reduce --n-layer, --n-embd or --batch-size")
+        sizes = f"at least {needed / 1e9:,.0f} GB of memory, and there are {memory / 1e9:,.0f} GB"
+        raise UserError(f"training this needs {sizes}: reduce --n-layer, --n-embd or --batch-size")
 
 
 def model_bytes(config: Any) -> int:

@@ -19,6 +19,7 @@ from common import LanguageModel
 from data.pocket_play import known_entropy
 from trainer.checkpoint import adopt_weights, read_checkpoint, restore
 from trainer.cli import UserError, say
+from trainer.corpus import Batch
 from trainer.distributed import World
 from trainer.evaluate import exact_loss
 from trainer.flags import flag
@@ -34,7 +35,6 @@ from tqdm import tqdm
 
 SECONDS_BETWEEN_SAVES = 300
 STEPS_BETWEEN_LOSSES = 20  # reading a loss waits for the GPU
-Batch = tuple[Tensor, Tensor]  # idx and targets
 
 
 class Run:
@@ -175,7 +175,7 @@ class Run:
             self.model.compile()
         self.try_step()
         if self.step > self.config.max_iters:
-            raise UserError(f"the run is at step {self.step} already: --max-iters is too small")
+            raise UserError(f"the run is at step {self.step} already: --max-iters is below that")
         self.saved = None  # frees its memory
         self.first_step = self.bar.n = self.bar.initial = self.step
         self.history.started = time.perf_counter() - self.history.seconds
