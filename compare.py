@@ -52,7 +52,7 @@ SMALL_STAGES = (
     "layer_norm",
     "layer_norm --norm post",
 )
-STAGES = {*(command.split()[0] for command in SMALL_STAGES), "gpt", "modern_gpt"}
+STAGES = (*dict.fromkeys(each.split()[0] for each in SMALL_STAGES), "gpt", "modern_gpt")
 MOST_AT_ONCE = 4  # runs; each loads a PyTorch of its own
 QUICK = (
     "A quick look: it shows no improvements, because after so few steps simple models can be ahead."
@@ -206,7 +206,7 @@ def trained_rows(options: argparse.Namespace, corpus: Corpus) -> tuple[list[Row]
         failed = train(jobs, at_once) if jobs else []
         found = comparison.find()
     rows = rows_of(found.values())
-    own = {command.split()[0] for command in comparison.commands} - STAGES
+    own = {command.split()[0] for command in comparison.commands} - {*STAGES}
     link(rows, over_first=options.modern or own != set())
     if comparison.is_quick:
         for row in rows:

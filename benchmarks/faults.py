@@ -48,6 +48,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", COLUMNS="160")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, two runs may differ in the last bit
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from trainer import UserError, cli
+from compare import STAGES
 from trainer.checkpoint import read_checkpoint
 from trainer.folder import RUN_FILES
 
@@ -60,8 +61,6 @@ except ImportError:  # on Windows
     resource = None
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "bigram self_attention multihead_attention batched_attention feed_forward residual".split()
-STAGES += ["layer_norm", "gpt", "modern_gpt"]
 SAMPLE = ["--sample-length", "20"]
 SMALL = [*"--eval-interval 20 --batch-size 4 --block-size 8 --device cpu".split(), *SAMPLE]
 SMALL_MODEL = {stage: ["--n-embd", "8"] for stage in STAGES} | {"bigram": []}

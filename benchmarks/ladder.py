@@ -26,21 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from compare import STAGES
 from trainer.corpus import open_corpus
 
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-STAGES = (
-    "bigram",
-    "self_attention",
-    "multihead_attention",
-    "batched_attention",
-    "feed_forward",
-    "residual",
-    "layer_norm",
-)
+SMALL = STAGES[:-2]
 
 
 def tutorial_seconds(stage: str, max_iters: int) -> float:
@@ -97,7 +90,7 @@ def side_by_side_seconds(max_iters: int) -> float:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         commands = [
             [sys.executable, ROOT / f"{stage}.py", *flags(max_iters), "--out", Path(folder, stage)]
-            for stage in reversed(STAGES)
+            for stage in reversed(SMALL)
         ]
         began = time.perf_counter()
         run = functools.partial(
@@ -126,7 +119,7 @@ def main() -> None:
     print(f"{options.max_iters} steps, medians of {options.rounds} rounds, in seconds")
     print(f"{'stage':20} {'tutorial':>9} {'course':>9} {'ratio':>7}")
     seconds = {}
-    for stage in STAGES:
+    for stage in SMALL:
         rounds = [
             (tutorial_seconds(stage, options.max_iters), course_seconds(stage, options.max_iters))
             for _ in range(options.rounds)

@@ -11,22 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer import cli
+from compare import STAGES
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-STAGES = (
-    "bigram",
-    "self_attention",
-    "multihead_attention",
-    "batched_attention",
-    "feed_forward",
-    "residual",
-    "layer_norm",
-    "gpt",
-    "modern_gpt",
-)
 SMALL = "--max-iters 20 --eval-interval 10 --batch-size 4 --block-size 8 --sample-length 20".split()
 SMALL_MODEL = {stage: ["--n-embd", "8"] for stage in STAGES}
 SMALL_MODEL["bigram"] = []

@@ -364,8 +364,8 @@ def test_a_run_whose_output_nobody_reads_goes_on(text, tmp_path):
 @POSIX
 @pytest.mark.slow
 def test_ctrl_c_while_pytorch_loads(tmp_path):
-    for delay in (0.2, 0.4, 0.8):
-        process = start("gpt", cwd=tmp_path)
+    for script, delay in (("gpt", 0.2), ("gpt", 0.8), ("compare", 0.4), ("compare", 1.3)):
+        process = start(script, cwd=tmp_path)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         code, output, errors = finish(process)

@@ -5,7 +5,6 @@ import errno
 import io
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,6 @@ class UserError(Exception):
 
 def cli(main: Callable[[], None]) -> None:
     """Run a script's `main`; report a UserError in one line, with exit code 2."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while PyTorch was loading
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # texts may contain any Unicode character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
