@@ -1,6 +1,8 @@
 """What the tests share: a text to learn from, and ways to run a script as a reader would."""
 
+import hashlib
 import importlib
+import io
 import os
 import shutil
 import signal
@@ -137,6 +139,13 @@ def same_state(first: Path, second: Path) -> bool:
         states = [state for name, state in parts.items() if name != "history"]
         tensors.append(list(leaves(states)))
     return len(tensors[0]) == len(tensors[1]) and all(map(equal, *tensors))
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint that a test has changed, with the right SHA-256 at its end."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
 
 
 def leaves(state: Any) -> Iterator[Any]:

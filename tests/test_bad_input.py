@@ -12,7 +12,7 @@ import gpt
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, SMALL_MODEL, STAGES, files, finish, start
+from conftest import ROOT, SMALL, SMALL_MODEL, STAGES, files, finish, save_checkpoint, start
 
 
 def refusal(run: Callable, folder: Path, script: str, *flags: object) -> str:
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_names_another_script(small_run, refused, tmp_path):
     assert small_run("bigram", "--out", "run")[0] == 0
     path = tmp_path / "run" / "best.pt"
     for name in ("os", "common", "../bigram", "no_such_stage"):
-        torch.save(torch.load(path, weights_only=True) | {"stage": name}, path)
+        save_checkpoint(path, torch.load(path, weights_only=True) | {"stage": name})
         assert name in refused("sample", "run")
 
 
@@ -206,10 +206,11 @@ def test_a_stage_that_has_changed_since(small_run, refused, tmp_path):
         ("checkpoint.pt", ["gpt", "--resume", "--out", "run"]),
     ):
         good = torch.load(tmp_path / "run" / name, weights_only=True)
-        torch.save(good | {"config": good["config"] | {"n_embd": 16}}, tmp_path / "run" / name)
+        changed = good | {"config": good["config"] | {"n_embd": 16}}
+        save_checkpoint(tmp_path / "run" / name, changed)
         complaint = refused(*flags)
         assert "does not fit gpt.py" in complaint and "embedding.weight" in complaint
-        torch.save(good, tmp_path / "run" / name)
+        save_checkpoint(tmp_path / "run" / name, good)
 
 
 # Memory, numbers, the disk.

@@ -22,8 +22,6 @@ DATA = Path(pocket_play.__file__).parent
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
 TINY_SHAKESPEARE_URL = f"{CHAR_RNN}/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
 Batch = tuple[Tensor, Tensor]  # idx and targets
 
 

@@ -67,13 +67,10 @@ class Parser(argparse.ArgumentParser):
         """Add a flag for each field, with its comment as help; omitted flags set nothing."""
         group, hints = self.add_argument_group(title), typing.get_type_hints(cls, None, None, True)
         try:
-            comments = dict(
-                re.findall(
-                    r"(\w+): .*?# (.*)", "".join(map(inspect.getsource, cls.__mro__[-2::-1]))
-                )
-            )
-        except (OSError, TypeError):  # no source: defined interactively
-            comments = {}
+            source = "".join(map(inspect.getsource, cls.__mro__[-2::-1]))
+        except (OSError, TypeError):  # it was defined interactively
+            source = ""
+        comments = dict(re.findall(r"(\w+): .*?# (.*)", source))
         for field in fields(cls):
             if field.name == "vocab_size":  # the text decides
                 continue
@@ -95,10 +92,8 @@ def options_for(hint: Any, is_off: bool = False) -> dict[str, Any]:
         return {"action": "store_true" if is_off else argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
-    if hint is str:
-        return {"type": str, "metavar": "TEXT"}
-    if hint is Path:
-        return {"type": path_of, "metavar": "PATH"}
+    if hint in (str, Path):
+        return {"type": str if hint is str else path_of, "metavar": "TEXT"}
     kind, *metadata = typing.get_args(hint) or (hint,)
     limits = next((each for each in metadata if isinstance(each, Limits)), ORDINARY[kind])
     wanted = f"a {'whole ' if kind is int else ''}number {limits.words}"
@@ -140,20 +135,15 @@ def check(config: Any) -> None:
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether a field of that type can have the value; a dict stands for several fields."""
-    if isinstance(hint, dict):
-        entries = value if isinstance(value, dict) else {}
-        return all(name in entries and accepts(hint[name], entries[name]) for name in hint)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(accepts(*typing.get_args(hint), x) for x in value)
-    if hint is dict or value is None:
-        return isinstance(value, dict) if hint is dict else type(None) in typing.get_args(hint)
+    """Whether a field of that type can have the value."""
+    if value is None:
+        return type(None) in typing.get_args(hint)
     how = options_for(hint)
     if "type" not in how:
         return isinstance(value, bool | str) and value in how.get("choices", (True, False))
     try:
         return isinstance(value, int | float | str) and how["type"](str(value)) == value
-    except argparse.ArgumentTypeError:
+    except (argparse.ArgumentTypeError, ValueError):
         return False
 
 

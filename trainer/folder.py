@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from trainer.history import History, losses_csv
 
 from filelock import FileLock, Timeout
 
-# In the order in which a new run replaces an old one: checkpoint.pt alone is enough to resume.
 RUN_FILES = ("checkpoint.pt", "best.pt", "losses.csv", "config.json", "sample.txt")
 
 
@@ -25,7 +25,7 @@ class RunFolder(contextlib.AbstractContextManager):
     """Where a run's files go; a context that unlocks the folder if the run fails."""
 
     def __init__(self) -> None:
-        self.path, self.resume = None, False
+        self.path: Path | None = None
         self.unlock: Callable[[], object] = tuple  # nothing is locked yet
 
     def __exit__(self, error: type | None, *_: object) -> None:
@@ -37,7 +37,6 @@ class RunFolder(contextlib.AbstractContextManager):
 
         Without a path, it is the first free runs/NAME-N, or with `resume` the newest run.
         """
-        self.resume = resume
         if overwrite and not path:
             path = Path("runs", name)
         for self.path in [path] if path else newest(name) if resume else free(name):
@@ -48,10 +47,6 @@ class RunFolder(contextlib.AbstractContextManager):
         taken = any(os.path.lexists(self.path / name) for name in RUN_FILES)
         if taken and not resume and not overwrite:
             raise UserError(f"{self.path} has a run: add --resume or --overwrite, or change --out")
-        is_folder = os.path.isdir(self.path)
-        if os.path.lexists(self.path) and not (is_folder and os.access(self.path, os.W_OK)):
-            why = "no permission" if is_folder else "it is a file"
-            raise UserError(f"cannot write the folder {self.path}: {why}")
 
     def lock(self) -> bool:
         """Keep other processes out, with a file beside the folder; False if one is in already."""
@@ -64,44 +59,38 @@ class RunFolder(contextlib.AbstractContextManager):
             lock = FileLock(file, timeout=0)
             self.unlock = weakref.finalize(self, unlock, lock, new)  # at the latest, at exit
             lock.acquire()
+            if os.path.lexists(path):  # an error if it is a file, or read-only
+                tempfile.TemporaryFile(dir=path).close()
         except Timeout:
             return False
         except OSError as error:
             raise UserError(f"cannot write the folder {self.path}: {error.strerror}") from None
         return True
 
-    def start(self, config: dict[str, Any], *state: Any) -> None:
-        """Save the first state and config.json; those of a new run appear all at once."""
-        path, exists = self.path, os.path.isdir(self.path)
-        staging = path / ".new" if exists else path.with_name(f".{path.name}.new")
+    def save(self, about: dict[str, Any], parts: dict[str, Any], history: History) -> None:
+        """Write the complete state; a new folder appears with all of it in it, or not at all."""
+        folder, best = self.path, history.best
+        if is_new := not folder.is_dir():
+            folder = folder.with_name(f".{folder.name}.new")
         try:
-            shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
-            if not self.resume:
-                staging.mkdir()
-                self.path = staging
-            self.save(*state)
-            write_whole(self.path / "config.json", json.dumps(config, indent=2).encode("utf-8"))
-            if not self.resume and exists:
-                for name in RUN_FILES[:-1]:
-                    rename(staging / name, path / name)
-            elif not self.resume:
-                rename(staging, path)
-            (path / "sample.txt").unlink(missing_ok=True)  # of an older run
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
+                folder.mkdir()
+            # checkpoint.pt comes first: it alone is enough to resume, which writes all the others.
+            write_whole(folder / "checkpoint.pt", to_bytes(about, parts))
+            if history.rows[-1] == best and best["step"] == history.step:
+                of_best = about | {name: best[name] for name in ("step", "val_loss")}
+                write_whole(folder / "best.pt", to_bytes(of_best, {"model": parts["model"]}))
+            write_whole(folder / "losses.csv", losses_csv(history.rows))
+            write_whole(folder / "config.json", json.dumps(about, indent=2).encode("utf-8"))
+            (folder / "sample.txt").unlink(missing_ok=True)  # of an older run
+            if is_new:
+                rename(folder, self.path)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         finally:
-            self.path = path
-            shutil.rmtree(staging, ignore_errors=True)
-
-    def save(self, header: dict[str, Any], parts: dict[str, Any], history: History) -> None:
-        """Write the complete state, the weights if they are the best so far, and losses.csv."""
-        # best.pt comes first: a run that is killed between the two writes the same best.pt again.
-        if history.rows[-1] == history.best and history.best["step"] == history.step:
-            best = {"step": history.step, "val_loss": history.best["val_loss"]}
-            content = to_bytes(header | best, {"model": parts["model"]})
-            write_whole(self.path / "best.pt", content)
-        write_whole(self.path / "checkpoint.pt", to_bytes(header, parts))
-        write_whole(self.path / "losses.csv", losses_csv(history.rows))
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def free(name: str) -> Iterator[Path]:

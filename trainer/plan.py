@@ -9,7 +9,7 @@ from typing import Any
 
 from common import Tokenizer
 from trainer.checkpoint import Checkpoint, read_checkpoint, saved_config
-from trainer.cli import UserError, is_out_of_memory
+from trainer.cli import UserError
 from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
 from trainer.distributed import World
 from trainer.flags import Parser, Seed, check, flag, given
@@ -20,7 +20,6 @@ from trainer.sampling import SampleSettings
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
-LARGE = 10_000  # layers * channels; PyTorch takes a second to count the parameters of any model
 
 
 @dataclass
@@ -57,10 +56,11 @@ class Plan:
     def header(self) -> dict[str, Any]:
         """What the run's files say about it."""
         own = {each: getattr(self, each) for each in ("seed", "init_from", "changed_on_resume")}
+        own |= {"stage": self.name, "vocabulary": self.tokenizer.vocabulary}
         machine = {each: getattr(self.settings, each) for each in ("compile", "grad_accumulation")}
         machine |= {"device": self.machine.device.type, "dtype": self.machine.dtype_name}
         text = {"name": self.corpus.name, "path": self.corpus.path, "sha256": self.corpus.sha256}
-        return {"stage": self.name, "config": asdict(self.config), **own, **machine, "corpus": text}
+        return {"config": asdict(self.config), **own, **machine, "corpus": text}
 
 
 def make_plan(
@@ -156,12 +156,14 @@ def claim(folder: RunFolder, name: str, settings: Settings) -> Checkpoint | None
 
 def changes(saved: Checkpoint, now: dict[str, Any]) -> list[str]:
     """The flags that differ from the run so far; only how long it takes may change."""
-    before = saved["config"] | {"seed": saved["seed"]}
+    before, step = saved["config"] | {"seed": saved["seed"]}, saved["parts"]["history"]["step"]
     differ = [name for name in now if now[name] != before.get(name, now[name])]
     for name in differ:
         if name not in ("max_iters", "eval_interval"):
             was = f"{flag(name)} {before[name]}, not {now[name]}"
             raise UserError(f"the run was made with {was}: resume it without that flag")
+    if now["max_iters"] < step:
+        raise UserError(f"the run is at step {step} already: --max-iters must be at least that")
     return sorted({*saved["changed_on_resume"], *map(flag, differ)})
 
 
@@ -199,25 +201,11 @@ def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None
         needs = f"--block-size {config.block_size} needs {config.block_size + 1} in each split"
         fits = f"--block-size {shorter - 1}" if shorter > 1 else "a longer text"
         raise UserError(f"{corpus.path} is too short: {needs}, and one has {shorter}; try {fits}")
-    needed = model_bytes(config) + 16 * config.batch_size * config.block_size  # token ids
+    layers, width = vars(config).get("n_layer", 0), vars(config).get("n_embd", 0)
+    # At least: weights, gradients and their running mean in float32, 8 C² of each per block; what
+    # PyTorch needs for a block's modules and tensors; and a batch of token ids.
+    needed = 12 * (1 + 8 * layers) * width**2 + 150_000 * layers
+    needed += 16 * config.batch_size * config.block_size
     if needed > memory:
         sizes = f"at least {needed / 1e9:,.0f} GB of memory, and there are {memory / 1e9:,.0f} GB"
         raise UserError(f"training this needs {sizes}: reduce --n-layer, --n-embd or --batch-size")
-
-
-def model_bytes(config: Any) -> int:
-    """What a large model needs in training, without building more than two of its equal layers."""
-    sizes, counts = vars(config), []
-    if sizes.get("n_layer", 1) * sizes.get("n_embd", 1) < LARGE:
-        return 0
-    for layers in (1, 2):
-        few = {"n_layer": layers, "n_head": 1}  # more heads need hardly more
-        few = {name: value for name, value in few.items() if name in sizes}
-        try:
-            with torch.device("meta"):
-                model = sys.modules[type(config).__module__].Model(replace(config, **few))
-        except Exception as error:  # in a user's own script, for any reason
-            return 2**62 if is_out_of_memory(error) else 0
-        # Weights, gradients and their running mean in float32; and what PyTorch needs for each.
-        counts.append(sum(12 * weight.numel() + 15_000 for weight in model.parameters()))
-    return counts[0] + (sizes.get("n_layer", 1) - 1) * (counts[1] - counts[0])

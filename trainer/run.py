@@ -62,6 +62,7 @@ class Run:
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
         self.model, self.optimizers, self.bar = None, (), tqdm(disable=True)
         self.saved_step, self.save_due = 0, 0.0
+        self.about: dict[str, Any] = {}  # what its files say about the run
         self.first_step, self.computing = 0, 0.0  # training seconds since first_step
         self.fraction = 1.0  # the current micro-batch's fraction of its batch
         self.all_threads, self.micro_batch_count = torch.get_num_threads(), 1
@@ -174,23 +175,23 @@ class Run:
         if self.machine.compiled:
             self.model.compile()
         self.try_step()
-        if self.step > self.config.max_iters:
-            raise UserError(f"the run is at step {self.step} already: --max-iters is below that")
         self.saved = None  # frees its memory
         self.first_step = self.bar.n = self.bar.initial = self.step
         self.history.started = time.perf_counter() - self.history.seconds
         if not plan.settings.resume:
             self.evaluate()
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        config = {**plan.header(), "parameters": parameters, "versions": versions}
-        config |= {"processes": self.world.size, "compiled": self.machine.compiled}
-        self.save(config)
+        self.about = {**plan.header(), "parameters": parameters, "versions": versions}
+        self.about |= {"processes": self.world.size, "compiled": self.machine.compiled}
+        self.save()
         self.say(f"run folder {self.folder.path}\n{self.history.last_line()}")
 
     def try_step(self) -> None:
-        """Dry run, which runs out of memory now if ever; then undo it, or load the saved state."""
-        trained = [self.model, *self.optimizers]
-        before = copy.deepcopy([part.state_dict() for part in trained])
+        """Run one step now, so that too little memory shows at once; then undo or resume."""
+        saved = self.saved
+        if not self.plan.settings.resume:
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            saved = {"parts": copy.deepcopy(states)}
         idx, targets = (half.tensor_split(self.micro_batch_count)[0] for half in self.batch(0))
         with self.autocast():
             _, loss = self.model(idx, targets)
@@ -198,11 +199,7 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad()
-        if self.plan.settings.resume:
-            restore(self.saved, self.parts)
-        else:
-            for part, state in zip(trained, before, strict=True):
-                part.load_state_dict(state)
+        restore(saved, self.parts)
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step's batch; dropout is seeded for that step too."""
@@ -232,16 +229,12 @@ class Run:
         tokens = self.step * self.config.batch_size * self.config.block_size
         history.add_row(train_loss, val_loss, self.optimizers[0].param_groups[0]["lr"], tokens)
 
-    def save(self, config: dict[str, Any] | None = None) -> None:
-        """Write the complete state, and losses.csv; at the start config.json too."""
+    def save(self) -> None:
+        """Write the run's files."""
         self.read_losses()
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise self.diverged(f"a weight became NaN or infinite by step {self.step}")
-        header = self.plan.header() | {"vocabulary": self.plan.tokenizer.vocabulary}
-        state = (header, self.parts, self.history)
-        self.world.on_main(
-            lambda: self.folder.start(config, *state) if config else self.folder.save(*state)
-        )
+        self.world.on_main(lambda: self.folder.save(self.about, self.parts, self.history))
         self.saved_step, self.save_due = self.step, time.perf_counter() + SECONDS_BETWEEN_SAVES
 
     def diverged(self, what: str) -> UserError:
