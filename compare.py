@@ -106,7 +106,7 @@ class Comparison:
     def find(self) -> dict[tuple[str, int], TrainedRun]:
         """The runs that exist, by command and seed; unfinished ones only if they are our own."""
         found: dict[tuple[str, int], TrainedRun] = {}
-        for path in sorted(Path("runs").rglob("config.json")):
+        for path in sorted(Path("runs").rglob("[!.]*/config.json")):  # not those of a killed start
             with contextlib.suppress(UserError):  # such as a damaged run
                 run = read_run(path.parent)
                 about = run.about["corpus"]["sha256"], run.about["device"], run.about["init_from"]
@@ -207,7 +207,7 @@ def trained_rows(options: argparse.Namespace, corpus: Corpus) -> tuple[list[Row]
         found = comparison.find()
     rows = rows_of(found.values())
     own = {command.split()[0] for command in comparison.commands} - {*STAGES}
-    link(rows, over_first=options.modern or own != set())
+    link(rows, over_first=options.modern or bool(own))
     if comparison.is_quick:
         for row in rows:
             row.baseline = None

@@ -10,6 +10,7 @@ from typing import Any
 from trainer import UserError
 from sample import stage_module
 from trainer.flags import flag, given
+from trainer.folder import lock_file
 from trainer.history import COLUMNS
 from trainer.plan import parse, preset_for
 
@@ -47,7 +48,7 @@ class TrainedRun:
     @property
     def is_training(self) -> bool:
         """Whether a process holds the folder's lock at this moment."""
-        lock = self.folder.resolve().with_name(f".{self.folder.resolve().name}.lock")
+        lock = lock_file(self.folder.resolve())
         try:
             if lock.exists():
                 FileLock(lock, timeout=0).acquire().lock.release()

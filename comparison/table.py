@@ -45,10 +45,6 @@ class Row:
         return self.runs[0].stage
 
     @property
-    def command(self) -> str:
-        return " ".join([self.stage, *self.runs[0].flags])
-
-    @property
     def preset(self) -> str:
         return next((each for each in self.runs[0].flags if each.startswith("--preset")), "")
 

@@ -1,5 +1,6 @@
 """Train the runs that a comparison lacks, several at a time, with a live line for each."""
 
+import contextlib
 import csv
 import itertools
 import os
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs", "compare")  # where the runs of comparisons go
-SECONDS_BETWEEN_LOOKS = 0.2
+POLL_SECONDS = 0.2
 
 
 class Job(NamedTuple):
@@ -66,7 +67,7 @@ def train(jobs: list[Job], at_once: int) -> list[str]:
                 while waiting and len(running) < at_once:
                     job = waiting.pop(0)
                     running[job] = job.start(torch.get_num_threads() // at_once)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                time.sleep(POLL_SECONDS)
                 for job, (process, errors) in list(running.items()):
                     lines.show(job)
                     if process.poll() is not None:
@@ -85,7 +86,7 @@ def train(jobs: list[Job], at_once: int) -> list[str]:
     return failed
 
 
-class Lines:
+class Lines(contextlib.AbstractContextManager):
     """On a terminal, a live line for each run and one for all; elsewhere one when a run ends."""
 
     def __init__(self, jobs: list[Job]) -> None:
@@ -95,9 +96,6 @@ class Lines:
         self.ended = 0
         form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left"
         self.all = tqdm(total=sum(self.weights.values()), disable=None, bar_format=form, desc="all")
-
-    def __enter__(self) -> "Lines":
-        return self
 
     def __exit__(self, *_: object) -> None:
         for bar in [*self.bars.values(), self.all]:

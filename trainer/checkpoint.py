@@ -9,7 +9,6 @@ from typing import Any
 
 from common import LanguageModel
 from trainer.cli import UserError, is_out_of_memory
-from trainer.flags import check
 
 import torch
 
@@ -47,11 +46,9 @@ def saved_config(config_class: type, checkpoint: Checkpoint) -> Any:
     saved = checkpoint["config"]
     known = {field.name: saved[field.name] for field in fields(config_class) if field.name in saved}
     try:
-        config = config_class(**known)
-        check(config)
-    except (TypeError, UserError) as error:
+        return config_class(**known)
+    except TypeError as error:  # a new field without a default
         raise misfit(checkpoint, error) from None
-    return config
 
 
 def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
@@ -70,7 +67,11 @@ def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
 def layout(part: Any) -> list[tuple[str, Any]]:
     """Names and shapes of what an optimizer keeps: with others, its next step would crash."""
     states = part.state.values() if isinstance(part, torch.optim.Optimizer) else ()
-    return [(name, getattr(x, "shape", None)) for each in states for name, x in each.items()]
+    return [
+        (name, x.shape if torch.is_tensor(x) else None)
+        for each in states
+        for name, x in each.items()
+    ]
 
 
 def misfit(checkpoint: Checkpoint, error: Exception) -> UserError:

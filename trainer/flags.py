@@ -121,30 +121,14 @@ def given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {each.name: getattr(options, each.name) for each in fields(cls) if each.name in options}
 
 
-def check(config: Any) -> None:
-    """Refuse a config with a value that no flag would accept."""
+def check_divides(config: Any) -> None:
     values = vars(config)
     for name, hint in typing.get_type_hints(type(config), None, None, True).items():
-        if not accepts(hint, values[name]):
-            raise UserError(f"{flag(name)} cannot be {values[name]!r}")
         for limit in typing.get_args(hint):
             if isinstance(limit, Divides) and values[limit.field] % values[name]:
                 total, parts = f"{flag(limit.field)} {values[limit.field]}", values[name]
                 fitting = math.ceil(values[limit.field] / parts) * parts
                 raise UserError(f"{total} is not divisible by {flag(name)} {parts}; try {fitting}")
-
-
-def accepts(hint: Any, value: Any) -> bool:
-    """Whether a field of that type can have the value."""
-    if value is None:
-        return type(None) in typing.get_args(hint)
-    how = options_for(hint)
-    if "type" not in how:
-        return isinstance(value, bool | str) and value in how.get("choices", (True, False))
-    try:
-        return isinstance(value, int | float | str) and how["type"](str(value)) == value
-    except (argparse.ArgumentTypeError, ValueError):
-        return False
 
 
 def flag(field_name: str) -> str:

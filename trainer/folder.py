@@ -26,7 +26,7 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self.unlock: Callable[[], object] = tuple  # nothing is locked yet
+        self.unlock: Callable[[], object] = lambda: None  # nothing is locked yet
 
     def __exit__(self, error: type | None, *_: object) -> None:
         if error:
@@ -54,9 +54,7 @@ class RunFolder(contextlib.AbstractContextManager):
         try:
             new = [folder for folder in path.parents if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            inside = path.is_dir() and not os.access(path.parent, os.W_OK)  # such as a mount point
-            file = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
-            lock = FileLock(file, timeout=0)
+            lock = FileLock(lock_file(path), timeout=0)
             self.unlock = weakref.finalize(self, unlock, lock, new)  # at the latest, at exit
             lock.acquire()
             if os.path.lexists(path):  # an error if it is a file, or read-only
@@ -107,6 +105,12 @@ def newest(name: str) -> list[Path]:
     if not paths:
         raise UserError(f"there is no run of {name} in runs to resume; name its folder with --out")
     return [max(paths, key=lambda path: path.stat().st_mtime).parent]
+
+
+def lock_file(path: Path) -> Path:
+    """Beside the folder; in it, if it lies in one that is read-only, such as a mounted disk."""
+    inside = path.is_dir() and not os.access(path.parent, os.W_OK)
+    return path / ".lock" if inside else path.with_name(f".{path.name}.lock")
 
 
 def unlock(lock: FileLock, folders: list[Path]) -> None:

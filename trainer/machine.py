@@ -70,7 +70,7 @@ class Machine:
         return 1 if work <= SMALL_STEP else torch.get_num_threads()
 
     def memory(self) -> int:
-        """In bytes."""
+        """The device's memory in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         return psutil.virtual_memory().total

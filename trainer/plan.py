@@ -12,7 +12,7 @@ from trainer.checkpoint import Checkpoint, read_checkpoint, saved_config
 from trainer.cli import UserError
 from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
 from trainer.distributed import World
-from trainer.flags import Parser, Seed, check, flag, given
+from trainer.flags import Parser, Seed, check_divides, flag, given
 from trainer.folder import RunFolder
 from trainer.machine import DeviceSettings, Machine, MachineSettings, available_device
 from trainer.sampling import SampleSettings
@@ -193,7 +193,7 @@ def open_text(
 
 
 def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None:
-    check(config)
+    check_divides(config)
     if config.batch_size % world.size:
         raise UserError(f"--batch-size must be divisible by the {world.size} processes")
     shorter = min(len(corpus.train), len(corpus.validation))
