@@ -27,9 +27,10 @@ from typing import Any
 from trainer import UserError, cli
 from common import Tokenizer
 from comparison.drawing import curves, staircase, standalone
+from comparison.ensemble import ensemble_loss
 from comparison.report import first_line, report
 from comparison.runs import TrainedRun, read_run, wanted_config
-from comparison.table import Row, as_markdown, as_text, notes, results_csv, rows_of, table
+from comparison.table import Row, as_csv, as_markdown, as_text, notes, results_csv, rows_of, table
 from comparison.train import RUNS, Job, free_folder, train
 from data.pocket_play import known_entropy
 from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
@@ -161,6 +162,8 @@ def main() -> None:
         link(rows, over_first=True)
     else:
         rows, warning, failed = trained_rows(options, corpus)
+    for row in rows:
+        row.ensemble_loss = ensemble_loss(row.finished, corpus)
     if rows:
         out = options.out or default_folder(corpus, options)
         show(rows, warning, corpus, settings, out)
@@ -264,6 +267,7 @@ def show(
     markdown = "\n".join([as_markdown(cells), *remarks, warning])
     files = {
         "losses.csv": results_csv(rows),
+        "table.csv": as_csv(cells),
         "table.md": markdown.encode("utf-8", errors="replace"),
         "report.html": report(rows, cells, remarks, warning, corpus, settings),
     }

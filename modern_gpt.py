@@ -38,7 +38,7 @@ from trainer import (
     cli,
 )
 from common import LanguageModel
-from trainer.layers import Dropout, attention
+from trainer.layers import Dropout, attention, rms_norm
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ class RMSNorm(nn.Module):
     """Divides a vector by its root mean square."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+        return rms_norm(x)  # x / sqrt(mean(x²))
 
 
 class RoPE(nn.Module):
@@ -186,7 +186,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.up_proj(x))  # (B, T, 4*C)
         if self.squared_relu:
-            x = x.square()
+            x = x * x  # on a CPU several times as fast as x.square()
         return self.down_proj(x)  # (B, T, C)
 
 

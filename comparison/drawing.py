@@ -99,8 +99,8 @@ def curves(rows: list[Row], column: str) -> str:
     bottom, right = max(340, 60 + 20 * len(rows)), WIDTH - 40 - 9 * min(22, max(map(len, names)))
     x, y = scale(min(at), max(at), 50, right), scale(max(losses), min(losses), 40, bottom - 10)
     shapes = [text(0, 16, "validation loss"), text(50, bottom + 42, f"{column.rstrip('s')}s")]
-    for tick in ticks(min(at), max(at), step=0.5 if column == "seconds" else None):
-        value = float(f"{10**tick:.1g}") if column == "seconds" else tick
+    for tick in ticks(min(at), max(at), step=0.5):
+        value = float(f"{10**tick:.1g}")  # 1, 3, 10, 30 and so on
         shapes.append(text(x(tick), bottom + 20, f"{value:,.10g}", "middle"))
     for tick in ticks(min(losses), max(losses)):
         label = text(42, y(tick) + 5, f"{tick:.10g}", "end")
@@ -135,9 +135,8 @@ def curve(row: Row, lines: list, color: Color, x: Callable, y: Callable) -> Iter
 
 def lines_of(row: Row, column: str) -> list[list[tuple[dict[str, float], ...]]]:
     """The evaluations, all seeds together or, if their steps differ, a line for each run."""
-    place = float if column == "step" else lambda seconds: math.log10(max(seconds, 0.01))
     runs = [run.rows[1:] or run.rows for run in row.finished or row.runs]  # not the untrained loss
-    logs = [[each | {"at": place(each[column])} for each in rows] for rows in runs]
+    logs = [[each | {"at": math.log10(max(each[column], 0.01))} for each in rows] for rows in runs]
     alike = len({tuple(each["step"] for each in log) for log in logs}) == 1
     return [list(zip(*log, strict=True)) for log in ([logs] if alike else [[x] for x in logs])]
 

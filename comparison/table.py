@@ -39,6 +39,7 @@ class Row:
     name: str  # its command, without the flags that all rows have in common
     baseline: "Row | None" = None  # what its improvement is measured against
     is_variant: bool = False  # another version of the stage above, not a step of its own
+    ensemble_loss: float | None = None  # of the averaged predictions of its runs
 
     @property
     def stage(self) -> str:
@@ -59,9 +60,12 @@ class Row:
 
     @property
     def loss(self) -> Estimate:
-        """Mean and standard deviation over the seeds."""
-        losses = [*self.losses.values()]
-        return Estimate(statistics.mean(losses), statistics.stdev(losses) if losses[1:] else None)
+        return over_seeds([*self.losses.values()])
+
+    @property
+    def final_loss(self) -> Estimate:
+        """At the end of training, so that no evaluation is selected."""
+        return over_seeds([run.rows[-1]["val_loss"] for run in self.finished or self.runs])
 
     @property
     def improvement(self) -> Estimate | None:
@@ -86,6 +90,11 @@ class Row:
 
     def mean(self, value: Callable[[TrainedRun], float]) -> float:
         return statistics.mean(map(value, self.runs))
+
+
+def over_seeds(losses: list[float]) -> Estimate:
+    """Mean and standard deviation."""
+    return Estimate(statistics.mean(losses), statistics.stdev(losses) if losses[1:] else None)
 
 
 def rows_of(runs: Iterable[TrainedRun]) -> list[Row]:
@@ -121,8 +130,10 @@ def table(rows: list[Row], entropy: float | None = None) -> Table:
         "run": lambda row: row.name,
         "validation loss": lambda row: row.loss if row.finished else progress(row),
         "improvement": lambda row: row.improvement or "",
-        "relative time" if over_first else "ms per step": lambda row: f"{row.step_time / unit:.2f}",
         "bits per character": lambda row: f"{row.loss.value / math.log(2):.3f}",
+        "final loss": lambda row: row.final_loss,
+        "ensemble loss": lambda row: f"{row.ensemble_loss:.3f}" if row.ensemble_loss else "",
+        "relative time" if over_first else "ms per step": lambda row: f"{row.step_time / unit:.2f}",
         "train loss": lambda row: f"{row.mean(lambda run: run.best['train_loss']):.3f}",
         "parameters": lambda row: f"{row.runs[0].about['parameters']:,}",
         "seconds to train": lambda row: f"{row.mean(lambda run: run.rows[-1]['seconds']):,.1f}",
@@ -163,10 +174,20 @@ def notes(rows: list[Row]) -> list[str]:
         "Validation loss: nats per character over the whole validation split, at the best "
         "evaluation; ± standard deviation over the seeds": True,
         f"Improvement: {over}; ± standard error over pairs with the same seed": baselines,
+        "Final loss: at the end of training": True,
+        "Ensemble loss: of the averaged predictions of all seeds": any(
+            row.ensemble_loss for row in rows
+        ),
         f"No difference shown (below two standard errors): {', '.join(unclear)}": unclear,
         f"Unfinished, so used only in rows without others: {', '.join(unfinished)}": unfinished,
     }
     return [f"{remark}." for remark, applies in remarks.items() if applies]
+
+
+def as_csv(table: Table) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    return text.getvalue().encode("utf-8")
 
 
 def as_markdown(table: Table) -> str:
@@ -194,12 +215,10 @@ FIELDS = ("stage", "flags", "seed", "parameters", "step", "train_loss", "val_los
 
 def results_csv(rows: list[Row]) -> bytes:
     """A line for each run: at its best evaluation the losses, at the end the rest."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*FIELDS, "tokens", "seconds"])
+    lines = [[*FIELDS, "tokens", "seconds"]]
     for run in (run for row in rows for run in row.finished):
         own = [run.stage, " ".join(run.flags), run.seed, run.about["parameters"]]
         best = [run.best[name] for name in ("step", "train_loss", "val_loss")]
         last = [run.rows[-1][name] for name in ("val_loss", "tokens", "seconds")]
-        writer.writerow([*own, *best, *last])
-    return text.getvalue().encode("utf-8")
+        lines.append([*own, *best, *last])
+    return as_csv(lines)

@@ -16,13 +16,13 @@ def write_run(
     command: str,  # such as `residual --no-residual`
     text: Corpus,
     seed: int = 1,
-    loss: float = 2.0,  # at the end
+    loss: float = 2.0,  # at its best evaluation, the last but one
     seconds: float = 10.0,
     rows: int | None = None,  # of losses.csv; None: all of a finished run
     **changes: Any,  # of config.json
 ) -> None:
     config = wanted_config(command, "cpu") | {"vocab_size": len(text.vocabulary)}
-    last = config["max_iters"]
+    last, every = config["max_iters"], config["eval_interval"]
     about = {
         "stage": command.split()[0],
         "config": config,
@@ -39,12 +39,12 @@ def write_run(
         {
             "step": step,
             "train_loss": loss + 0.1,
-            "val_loss": loss + (last - step) / last,
+            "val_loss": loss + abs(last - every - step) / last,
             "learning_rate": 0.001,
             "tokens": 100 * step,
             "seconds": seconds * step / last,
         }
-        for step in [*range(0, last, config["eval_interval"]), last]
+        for step in [*range(0, last, every), last]
     ]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(about), encoding="utf-8")

@@ -18,7 +18,7 @@ from compare import Comparison, commands_of, link, parse
 from comparison.runs import read_run, wanted_config
 from comparison.table import rows_of
 from comparison.train import RUNS
-from sample import stage_module
+from sample import load, stage_module
 from trainer.corpus import Corpus, open_corpus
 
 import numpy as np
@@ -29,7 +29,7 @@ from filelock import FileLock
 from test_bad_input import refusal
 
 COMMANDS = [*comparing.SMALL_STAGES, "gpt --preset small", "modern_gpt --preset small"]
-OUTPUTS = {"losses.csv", "table.md", "report.html"}
+OUTPUTS = {"losses.csv", "table.csv", "table.md", "report.html"}
 OUTPUTS |= {f"{name}{dark}.svg" for name in ("curves", "staircase") for dark in ("", "-dark")}
 QUICK = f"--max-iters {COMPARE_STEPS} --eval-interval {COMPARE_STEPS // 10}"
 OUT = RUNS / f"text-{COMPARE_STEPS}-steps"
@@ -105,6 +105,22 @@ def test_every_stage_and_variant_is_trained_with_every_seed(trained, tmp_path, r
     assert files(tmp_path) == before  # byte for byte, pictures too
     assert run("compare", *COMPARE, "--no-train")[0] == 0  # into a folder of its own
     assert {path: files(tmp_path)[path] for path in before} == before
+
+
+@pytest.mark.slow
+def test_an_ensemble_averages_probabilities(trained):
+    """Computed again, one window after another, in double precision."""
+    rows = {row["run"]: row for row in table_of(trained / OUT)}
+    assert all(float(row["ensemble loss"]) > 0 for row in rows.values())
+    tokens = open_corpus(trained / "text.txt").validation.long()
+    for command in ("bigram", "gpt --preset small"):
+        models = [load(trained / folder_of(command, seed), "cpu")[0].double() for seed in (1, 2)]
+        T, losses = models[0].block_size, []
+        for start in range(0, len(tokens) - 1, T):
+            piece = tokens[start : start + T + 1]
+            mean = sum(model(piece[None, :-1])[0][0].softmax(dim=-1) for model in models) / 2
+            losses += (-mean.log()).gather(1, piece[1:, None]).flatten().tolist()
+        assert rows[command]["ensemble loss"] == f"{np.mean(losses):.3f}"
 
 
 @pytest.mark.slow
@@ -355,6 +371,8 @@ def test_the_table_is_what_the_runs_logged(corpus, fake, run):
         best[row["run"]] = loss = np.array([log["val_loss"].min() for log in logs])
         train = np.mean([log["train_loss"][log["val_loss"].argmin()] for log in logs])
         assert row["validation loss"] == f"{loss.mean():.3f} ± {loss.std(ddof=1):.3f}"
+        final = np.array([log["val_loss"][-1] for log in logs])
+        assert row["final loss"] == f"{final.mean():.3f} ± {final.std(ddof=1):.3f}"
         assert row["train loss"] == f"{train:.3f}"
         assert row["bits per character"] == f"{loss.mean() / np.log(2):.3f}"
         times = [np.min(np.diff(log["seconds"]) / np.diff(log["step"])) for log in logs]

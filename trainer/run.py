@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SECONDS_BETWEEN_SAVES = 300
+EARLY_EVALUATIONS = (10, 30, 100, 300)  # steps; the loss drops fastest at the start
 STEPS_BETWEEN_LOSSES = 20  # reading a loss waits for the GPU
 
 
@@ -94,6 +95,7 @@ class Run:
                 self.history.step += 1
                 self.bar.update()
                 due = self.step % self.config.eval_interval == 0 or self.step == total
+                due = due or self.step in EARLY_EVALUATIONS
                 if due or self.step % STEPS_BETWEEN_LOSSES == 0:
                     self.read_losses()
                 self.computing += time.perf_counter() - began

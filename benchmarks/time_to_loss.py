@@ -1,0 +1,71 @@
+"""Seconds from the start of the process until a script reaches a validation loss.
+
+    python benchmarks/time_to_loss.py modern_gpt.py --target 1.4697
+    python benchmarks/time_to_loss.py gpt.py --target 1.88 --preset small --seed 2
+
+All other flags are those of the script. Start-up, evaluations and saving count. The whole
+validation split is evaluated ten times, and 50 times per run once the loss is within 0.2 of the
+target; training stops when it is reached. FLOPs are those of the model's matrix products; their
+fraction of the peak is that of the training steps, relative to a large product in the same dtype.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from trainer import Run
+
+import psutil
+import torch
+from speed import count_flops, matmul_speed
+
+NEAR = 0.2  # above the target, where evaluations become frequent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("script", choices=["gpt.py", "modern_gpt.py"])
+    parser.add_argument("--target", type=float, required=True, metavar="LOSS")
+    options, flags = parser.parse_known_args()
+
+    class TimedRun(Run):
+        """A run that evaluates often near the target, and stops there."""
+
+        def evaluate(self) -> None:
+            super().evaluate()
+            loss = self.history.rows[-1]["val_loss"]
+            often = 50 if loss < options.target + NEAR else 10
+            self.config.eval_interval = max(1, self.config.max_iters // often)
+            if loss <= options.target:
+                report(self, loss)
+                raise SystemExit
+
+    module = importlib.import_module(options.script.removesuffix(".py"))
+    module.Run = TimedRun
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [options.script, *flags, "--out", str(Path(folder, "run"))]
+        module.main()
+    sys.exit(f"{options.script} did not reach {options.target} with {' '.join(flags)}")
+
+
+def report(run: Run, loss: float) -> None:
+    seconds = time.time() - psutil.Process().create_time()
+    config, steps = run.config, run.step - run.first_step
+    idx = torch.zeros(1, config.block_size, dtype=torch.long, device=run.device)
+    flops = steps * config.batch_size * count_flops(run.model.train(), idx)
+    share = flops / run.computing / matmul_speed(run.device, run.machine.dtype)
+    tokens = steps * config.batch_size * config.block_size
+    print(
+        f"reached {loss:.4f} at step {run.step}: {seconds:.1f} seconds, {tokens:,} tokens, "
+        f"{flops:.2e} FLOPs, {share:.0%} of the peak {run.machine.dtype_name} matmul throughput"
+    )
+
+
+if __name__ == "__main__":
+    main()

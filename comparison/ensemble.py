@@ -1,0 +1,38 @@
+"""The loss of an ensemble: the predictions of several runs, averaged."""
+
+import math
+
+from trainer import UserError
+from comparison.runs import TrainedRun
+from sample import load
+from trainer.corpus import Corpus
+from trainer.evaluate import windows
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def ensemble_loss(runs: list[TrainedRun], corpus: Corpus) -> float | None:
+    """On the validation split, of at least two runs; None if a checkpoint cannot be used."""
+    try:
+        log_probs = [target_log_probs(run, corpus) for run in runs]
+    except UserError:  # such as a script that has changed since
+        return None
+    if len(runs) < 2:
+        return None
+    mean = torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(runs))
+    return -mean.mean().item()
+
+
+@torch.inference_mode()
+def target_log_probs(run: TrainedRun, corpus: Corpus) -> Tensor:
+    """The log-probability that the run's best weights give to each next character."""
+    device = run.about["device"]
+    model, _ = load(run.folder, device)
+    results = []
+    for idx, targets in windows(corpus.validation, model.block_size):
+        logits, _ = model(corpus.ids(idx).to(device))
+        targets = corpus.ids(targets).to(device)
+        results.append(-F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none"))
+    return torch.cat(results).double().cpu()
