@@ -1,6 +1,6 @@
-"""Beyond GPT-2: the same model with ten ideas that came later.
+"""Beyond GPT-2: the same model with eleven ideas that came later.
 
-Each has a switch: `--no-rope` disables RoPE. With all ten off, the model is that of gpt.py.
+Each has a switch: `--no-rope` disables RoPE. With all of them off, the model is that of gpt.py.
 
 - `rms_norm`: **RMSNorm** divides a vector by its root mean square; no mean, no learned scale.
 - `rope`: **rotary position embedding** rotates queries and keys by angles proportional to the
@@ -10,6 +10,8 @@ Each has a switch: `--no-rope` disables RoPE. With all ten off, the model is tha
 - `squared_relu`: the activation is ReLU squared.
 - `zero_init`: the projections that feed the residual stream start at zero, so each block
   starts as the identity.
+- `token_shift`: a learned multiple of the previous character's embedding is added, so that
+  the first block sees pairs of characters.
 - `embedding_norm`: the embedding is normalized, like the input of every sublayer.
 - `embedding_skip`: every block adds λ times the embedding, with λ learned.
 - `muon`: **Muon** makes the singular values of each matrix update equal, so that no direction
@@ -69,6 +71,7 @@ class Config:
     bias_free: bool = True  # no biases in linear layers
     squared_relu: bool = True  # ReLU squared instead of ReLU
     zero_init: bool = True  # start blocks as identities: zero their output projections
+    token_shift: bool = True  # add a multiple of the previous character's embedding
     embedding_norm: bool = True  # normalize the embedding
     embedding_skip: bool = True  # add λ times the embedding in every block
     muon: bool = True  # Muon for the matrices in the blocks
@@ -99,7 +102,10 @@ PRESETS = {
 
 
 class KVCache:
-    """Keeps the keys and values that later positions attend to; with RoPE the window slides."""
+    """Keeps the keys and values that later positions attend to; with RoPE the window slides.
+
+    For `token_shift`, the first block's also keeps the last embedding.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size  # how many earlier positions are visible
@@ -114,6 +120,11 @@ class KVCache:
         oldest = max(0, key.shape[2] - self.size)
         self.key, self.value = key[:, :, oldest:], value[:, :, oldest:]
         return key, value
+
+    def shift(self, x: Tensor) -> Tensor:
+        before = self.last if self.length else torch.zeros_like(x[:, :1])  # (B, 1, C)
+        self.last = x[:, -1:]
+        return torch.cat((before, x[:, :-1]), dim=1)  # (B, T, C)
 
 
 class RMSNorm(nn.Module):
@@ -225,6 +236,7 @@ class Model(LanguageModel):
         self.position_embedding = (
             None if config.rope else nn.Embedding(config.block_size, config.n_embd)
         )
+        self.shift_scale = nn.Parameter(torch.zeros(config.n_embd)) if config.token_shift else None
         self.embedding_norm = RMSNorm() if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.final_norm = make_norm(config)
@@ -249,6 +261,9 @@ class Model(LanguageModel):
             start = cache[0].length if cache else 0
             positions = torch.arange(start, start + T, device=idx.device)  # (T)
             x = x + self.position_embedding(positions)  # (B, T, C)
+        if self.shift_scale is not None:  # the first position has no previous character: zeros
+            previous = cache[0].shift(x) if cache else F.pad(x, (0, 0, 1, -1))  # (B, T, C)
+            x = x + self.shift_scale * previous  # (B, T, C)
         x = embedding = self.dropout(self.embedding_norm(x))
         for i, block in enumerate(self.blocks):
             x = block(x, embedding, cache[i] if cache else None)

@@ -116,8 +116,8 @@ def test_an_ensemble_averages_probabilities(trained):
     for command in ("bigram", "gpt --preset small"):
         models = [load(trained / folder_of(command, seed), "cpu")[0].double() for seed in (1, 2)]
         T, losses = models[0].block_size, []
-        for start in range(0, len(tokens) - 1, T):
-            piece = tokens[start : start + T + 1]
+        for i in range(0, len(tokens) - 1, T):
+            piece = tokens[i : i + T + 1]
             mean = sum(model(piece[None, :-1])[0][0].softmax(dim=-1) for model in models) / 2
             losses += (-mean.log()).gather(1, piece[1:, None]).flatten().tolist()
         assert rows[command]["ensemble loss"] == f"{np.mean(losses):.3f}"

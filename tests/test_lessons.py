@@ -154,8 +154,8 @@ def test_the_diff_is_the_lesson(before, after):
     )
 
 
-SIZE_LIMITS = {"gpt.py": 220, "modern_gpt.py": 320, "common.py": 100}
-SIZE_LIMITS |= {"trainer/*.py": 1465, "tests/*.py": 4880}
+SIZE_LIMITS = {"gpt.py": 220, "modern_gpt.py": 340, "common.py": 100}
+SIZE_LIMITS |= {"trainer/*.py": 1510, "tests/*.py": 4900}
 
 
 @pytest.mark.parametrize("pattern, most", SIZE_LIMITS.items())
@@ -295,6 +295,7 @@ def use_stage(watch: ShapeWatch) -> None:
             model(idx, targets=idx)
         if cache := model.new_cache():
             watch.cached = CACHED
+            cache[0].last = torch.zeros(B, 1, SIZES["C"])  # for token_shift
             for each in cache:
                 each.extend(*torch.zeros(2, B, SIZES["H"], CACHED, SIZES["D"]))
             model(idx, cache=cache)

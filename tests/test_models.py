@@ -274,7 +274,7 @@ def test_dropout_is_where_gpt2_has_it(monkeypatch):
     seen = []
     monkeypatch.setattr(gpt.Dropout, "forward", lambda self, x: seen.append((self.p, x.shape)) or x)
     gpt.Model(tiny(gpt, dropout=0.5))(random_batch(V, 4, T)[0])
-    x, weights = (0.5, (4, T, C)), (0.5, (4, H, T, T))
+    x, weights = (0.5, (4, T, C)), (0.5, (4 * H, T, T))
     assert seen == [x, *(2 * [weights, x, x])]
 
 

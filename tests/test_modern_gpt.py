@@ -211,12 +211,13 @@ def test_both_optimizers_follow_the_schedule(small_run, tmp_path):
 
 
 def test_a_position_sees_as_many_as_the_context_holds():
-    model = random_model(n_layer=1)
-    idx = torch.randint(11, (1, 40))
-    changed = idx.clone()
-    changed[:, 20] = (idx[:, 20] + 1) % 11
-    seen = (model(idx)[0] != model(changed)[0]).any(dim=-1)[0].nonzero().flatten()
-    assert seen.tolist() == list(range(20, 20 + 12))
+    for token_shift in (False, True):
+        model = random_model(n_layer=1, token_shift=token_shift)
+        idx = torch.randint(11, (1, 40))
+        changed = idx.clone()
+        changed[:, 20] = (idx[:, 20] + 1) % 11
+        seen = (model(idx)[0] != model(changed)[0]).any(dim=-1)[0].nonzero().flatten()
+        assert seen.tolist() == list(range(20, 20 + 12 + token_shift))
 
 
 @pytest.mark.parametrize("options", [{}, {"rope": False}, NO_IDEAS], ids=["all", "rope", "none"])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 QUERIES_AT_ONCE = 128  # in attention on a CPU
 EPS = 1e-6  # in rms_norm, so that zeros stay zeros
 
@@ -37,14 +36,15 @@ def attention(
     window = window or S
     if query.device.type != "cpu":  # PyTorch's own is faster there: it never stores the weights
         is_causal = T == S <= window  # the standard mask, which PyTorch has built in
-        visible = is_causal or (T == 1 and S <= window)  # one query may see all that is cached
+        visible = is_causal or (T == 1 and window >= S)  # one query may see all that is cached
         mask = None if visible else causal_mask(T, S, window, query.dtype, query.device)
         p = dropout.p if dropout.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
     # On a CPU, explicit attention is faster. Keys after the last query of a chunk are skipped.
     mask = causal_mask(T, S, window, query.dtype, query.device)
-    query, value = query.flatten(0, 1), value.flatten(0, 1)  # (B*H, T, D), (B*H, S, D)
+    query = query.flatten(0, 1)  # (B*H, T, D)
     key = key.flatten(0, 1).transpose(1, 2)  # (B*H, D, S)
+    value = value.flatten(0, 1)  # (B*H, S, D)
     outputs = []
     for start in range(0, T, QUERIES_AT_ONCE):
         rows = slice(start, min(start + QUERIES_AT_ONCE, T))
