@@ -211,10 +211,11 @@ def trained_rows(options: argparse.Namespace, corpus: Corpus) -> tuple[list[Row]
     rows = rows_of(found.values())
     own = {command.split()[0] for command in comparison.commands} - {*STAGES}
     link(rows, over_first=options.modern or bool(own))
-    if comparison.is_quick:
+    is_quick = comparison.is_quick and not options.modern
+    if is_quick:
         for row in rows:
             row.baseline = None
-    return rows, QUICK * comparison.is_quick, failed
+    return rows, QUICK * is_quick, failed
 
 
 def commands_of(options: argparse.Namespace, device: str) -> list[str]:

@@ -90,11 +90,11 @@ PRESETS = {
         eval_interval=500,
     ),
     "small": Config(
-        block_size=128,
         n_embd=128,
         n_head=2,
         n_layer=4,
         dropout=0.0,
+        batch_size=8,
         max_iters=2000,
         eval_interval=250,
     ),

@@ -5,7 +5,9 @@
 
 The checkout is copied into a temporary folder, given Tiny Shakespeare in its own format, and run
 there with its own commands; it is not changed. Both sides take turns on this machine's CPU, and
-every number is the median over the rounds. It takes about a quarter of an hour.
+each round has its own seed. nanoGPT computes in float32 on a CPU, so every comparison is made
+twice: in the dtype that our scripts choose, and in float32. The unit of time is nanoGPT's recipe
+for a laptop, from start to end. A round takes about a quarter of an hour on two cores.
 """
 
 import argparse
@@ -34,6 +36,7 @@ import torch
 from speed import count_flops, matmul_speed
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 CONFIG = "config/train_shakespeare_char.py"
 ON_CPU = ["--device=cpu", "--compile=False"]
 # The recipe in nanoGPT's README for a computer without a GPU.
@@ -41,13 +44,13 @@ LAPTOP = (
     "--eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
     "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 ).split()
-GOAL = 1.88  # about where that recipe ends
-# Our flags that get there: fewer blocks, more characters per second.
-TO_THE_GOAL = {
-    "gpt.py": ["--n-layer", "2", "--max-iters", "550"],
-    "modern_gpt.py": ["--n-layer", "2", "--max-iters", "210"],
+# Our commands, and the loss at which each stops.
+TARGETS = {
+    "gpt.py --n-layer 2 --max-iters 550": 1.88,  # about where that recipe ends
+    "modern_gpt.py --n-layer 2 --max-iters 210": 1.88,
+    "modern_gpt.py": 1.4697,  # the best loss in nanoGPT's README, from a GPU
 }
-OVERWRITE = ["--out", "run", "--overwrite"]
+DTYPES = {"its own dtype": [], "float32": ["--precision", "float32"]}  # with the flags for them
 
 
 def copy_checkout(source: Path, target: Path, corpus: Corpus) -> None:
@@ -73,29 +76,48 @@ def run(command: list[object], folder: Path) -> tuple[str, float]:
         encoding="utf-8",
     )
     if result.returncode:
-        sys.exit(f"{command[0]} failed:\n{result.stderr[-2000:]}")
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{result.stderr[-2000:]}")
     return result.stdout, time.perf_counter() - began
 
 
-def nanogpt_step(folder: Path, steps: int, *flags: str) -> float:
+def nanogpt_step(checkout: Path, steps: int, *flags: str) -> float:
     """Seconds per training step."""
     flags = [*flags, f"--max_iters={steps}", "--eval_iters=1", "--log_interval=1"]
-    output, _ = run(["train.py", CONFIG, *ON_CPU, *flags], folder)
+    output, _ = run(["train.py", CONFIG, *ON_CPU, *flags], checkout)
     times = [float(found) for found in re.findall(r"time ([\d.]+)ms", output)]
     return statistics.median(times[1:]) / 1000  # the first one includes an evaluation
 
 
-def course_step(folder: Path, preset: str, steps: int) -> tuple[float, float]:
-    """Seconds per training step, and the fraction of the peak matmul throughput that this is."""
-    flags = ["--preset", preset, "--max-iters", steps, "--eval-interval", steps]
-    command = [ROOT / "gpt.py", "--device", "cpu", *flags, "--sample-length", 1, *OVERWRITE]
-    output, _ = run(command, folder)
-    seconds = float(re.search(r"([\d.,]+) ms per step", output)[1].replace(",", "")) / 1000
-    config = gpt.PRESETS[preset]
-    idx = torch.zeros(1, config.block_size, dtype=torch.long)
-    flops = config.batch_size * count_flops(gpt.Model(config), idx)
-    device = torch.device("cpu")
-    return seconds, flops / seconds / matmul_speed(device, fast_dtype(device))
+def course_step(folder: Path, preset: str, steps: int, *flags: str) -> float:
+    """Seconds per training step."""
+    flags = [*flags, "--max-iters", steps, "--eval-interval", steps, "--sample-length", 1]
+    command = [ROOT / "gpt.py", "--device", "cpu", "--preset", preset, *flags]
+    output, _ = run([*command, "--out", "run", "--overwrite"], folder)
+    return float(re.search(r"([\d.,]+) ms per step", output)[1].replace(",", "")) / 1000
+
+
+def seconds_to_target(folder: Path, command: str, target: float, *flags: object) -> float:
+    timer = [ROOT / "benchmarks" / "time_to_loss.py", *command.split(), "--target", target]
+    output, _ = run([*timer, "--device", "cpu", *flags], folder)
+    return float(re.search(r"([\d.]+) seconds", output)[1])
+
+
+def measure(folder: Path, checkout: Path, seed: int) -> dict[tuple[str, str], float]:
+    """Everything once, in seconds."""
+    small, figures = gpt.PRESETS["small"], {}
+    names = ("block_size", "batch_size", "n_layer", "n_head", "n_embd", "dropout")
+    sizes = {"full": [], "small": [f"--{name}={getattr(small, name)}" for name in names]}
+    for preset, steps in {"full": 5, "small": 200}.items():
+        figures[preset, "nanoGPT"] = nanogpt_step(checkout, steps, *sizes[preset])
+        for dtype, flags in DTYPES.items():
+            figures[preset, dtype] = course_step(folder, preset, steps, *flags)
+    output, figures["recipe", "seconds"] = run(["train.py", CONFIG, *ON_CPU, *LAPTOP], checkout)
+    figures["recipe", "loss"] = float(re.findall(r"val loss ([\d.]+)", output)[-1])
+    for command, target in TARGETS.items():
+        for dtype, flags in DTYPES.items():
+            flags = [*flags, "--seed", seed]
+            figures[command, dtype] = seconds_to_target(folder, command, target, *flags)
+    return figures
 
 
 def sampling_speeds(checkout: Path, characters: int, rounds: int) -> tuple[float, float]:
@@ -125,6 +147,36 @@ def sampling_speeds(checkout: Path, characters: int, rounds: int) -> tuple[float
     return tuple(characters / statistics.median(seconds) for seconds in times.values())
 
 
+def print_speeds(rounds: list[dict[tuple[str, str], float]]) -> None:
+    """At both presets, with the fraction of the peak matmul throughput in the same dtype."""
+    own, f32 = fast_dtype(CPU), torch.float32
+    peaks = {dtype: matmul_speed(CPU, dtype) for dtype in {own, f32}}
+    print(f"| training, characters per second | nanoGPT, float32 | gpt.py, {str(own)[6:]} ", end="")
+    print("| gpt.py, float32 |\n|---|---:|---:|---:|")
+    for preset, config in gpt.PRESETS.items():
+        idx = torch.zeros(1, config.block_size, dtype=torch.long)
+        flops = config.batch_size * count_flops(gpt.Model(config), idx)
+        cells = []
+        for side, dtype in (("nanoGPT", f32), *zip(DTYPES, (own, f32), strict=True)):
+            seconds = statistics.median(each[preset, side] for each in rounds)
+            before = statistics.median(each[preset, "nanoGPT"] for each in rounds)
+            speed = config.batch_size * config.block_size / seconds
+            share = flops / seconds / peaks[dtype]
+            cells.append(f"{speed:,.0f} = {before / seconds:.2f}×, {share:.0%} of peak")
+        print(f"| preset {preset} | {' | '.join(cells)} |")
+
+
+def print_times(rounds: list[dict[tuple[str, str], float]]) -> None:
+    """The mean and the range over the seeds, in units of the same round."""
+    print("| time to a validation loss, in units | its own dtype | float32 |\n|---|---:|---:|")
+    for command, target in TARGETS.items():
+        cells = []
+        for dtype in DTYPES:
+            units = [each[command, dtype] / each["recipe", "seconds"] for each in rounds]
+            cells.append(f"{statistics.mean(units):.2f} ({min(units):.2f} to {max(units):.2f})")
+        print(f"| `{command}` to {target} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -134,69 +186,26 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.nanogpt / "train.py").exists():
         parser.error(f"{options.nanogpt} is not a checkout of nanoGPT: it has no train.py")
+    corpus = open_corpus(None)
+    if corpus.sha256 != TINY_SHAKESPEARE_SHA256:
+        parser.error("nanoGPT's recipe is for Tiny Shakespeare, which cannot be downloaded")
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        checkout = folder / "nanoGPT"
-        corpus = open_corpus(None)
-        if corpus.sha256 != TINY_SHAKESPEARE_SHA256:
-            parser.error("nanoGPT's recipe is for Tiny Shakespeare, which cannot be downloaded")
+        folder, checkout = Path(temporary), Path(temporary, "nanoGPT")
         copy_checkout(options.nanogpt, checkout, corpus)
-        small = gpt.PRESETS["small"]
-        same_small = [
-            *(f"--block_size={small.block_size}", f"--batch_size={small.batch_size}"),
-            *(f"--n_layer={small.n_layer}", f"--n_head={small.n_head}"),
-            *(f"--n_embd={small.n_embd}", f"--dropout={small.dropout}"),
-        ]
-        figures = []
-        for number in range(options.rounds):
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-            full = nanogpt_step(checkout, 5)
-            figure = {"full": full}
-            figure["our full"], figure["our full share"] = course_step(folder, "full", 6)
-            figure["small"] = nanogpt_step(checkout, 200, *same_small)
-            figure["our small"], figure["our small share"] = course_step(folder, "small", 200)
-            output, figure["recipe"] = run(["train.py", CONFIG, *ON_CPU, *LAPTOP], checkout)
-            figure["loss"] = float(re.findall(r"val loss ([\d.]+)", output)[-1])
-            for script, flags in TO_THE_GOAL.items():
-                command = [ROOT / script, "--device", "cpu", *flags, *OVERWRITE]
-                output, figure[script] = run(command, folder)
-                loss = float(re.search(r"best validation loss ([\d.]+)", output)[1])
-                figure[f"{script} loss"] = loss
-            figures.append(figure)
-        median = {key: statistics.median(each[key] for each in figures) for key in figures[0]}
+        rounds = []
+        for seed in range(1, options.rounds + 1):
+            print(f"round {seed} of {options.rounds}", file=sys.stderr)
+            rounds.append(measure(folder, checkout, seed))
         theirs, ours = sampling_speeds(checkout, 500, options.rounds)
-
-    full, small = gpt.PRESETS["full"], gpt.PRESETS["small"]
-    per_step = {"full": full.batch_size * full.block_size}
-    per_step["small"] = small.batch_size * small.block_size
-    print("| | nanoGPT | the course | the course / nanoGPT |")
-    print("|---|---:|---:|---:|")
-    for name in ("full", "small"):
-        before, after = (per_step[name] / median[key] for key in (name, f"our {name}"))
-        print(
-            f"| training at the {name} preset, characters per second | {before:,.0f} "
-            f"| {after:,.0f} | {after / before:.2f} |"
-        )
-        share = median[f"our {name} share"]
-        print(
-            "| the same, of the peak matmul throughput "
-            f"| {share * median[f'our {name}'] / median[name]:.0%} | {share:.0%} | |"
-        )
-    for script in TO_THE_GOAL:
-        print(
-            f"| from the start to a validation loss of {GOAL}, seconds: `{script}` "
-            f"| {median['recipe']:.1f} ({median['loss']:.2f}) "
-            f"| {median[script]:.1f} ({median[f'{script} loss']:.2f}) "
-            f"| {median[script] / median['recipe']:.2f} |"
-        )
-    print(
-        f"| sampling at the full preset, characters per second | {theirs:,.1f} | {ours:,.1f} "
-        f"| {ours / theirs:.1f} |"
-    )
-    for script, flags in TO_THE_GOAL.items():
-        if median[f"{script} loss"] > GOAL:
-            sys.exit(f"{script} did not reach {GOAL} with {' '.join(flags)}")
+    seconds, loss = ([each["recipe", name] for each in rounds] for name in ("seconds", "loss"))
+    print(f"The unit of time is {statistics.median(seconds):.1f} seconds: nanoGPT's laptop recipe,")
+    print(f"which ends at a validation loss of {statistics.median(loss):.2f}.\n")
+    print_times(rounds)
+    print()
+    print_speeds(rounds)
+    print(f"\nSampling at the full preset, characters per second: {theirs:,.1f} and {ours:,.1f}, ")
+    print(f"which is {ours / theirs:.1f}×.")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class Lines(contextlib.AbstractContextManager):
 
 def weight(job: Job) -> float:
     """How long a run takes in comparison with others, from the reference results."""
-    path, speed = ROOT / "results" / "losses.csv", 20_000.0
+    path, speed = ROOT / "results" / "ladder" / "losses.csv", 20_000.0
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for row in csv.DictReader(lines):
         if row["stage"] == job.command.split()[0] and row["flags"] in job.command:

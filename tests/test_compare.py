@@ -426,9 +426,9 @@ def test_modern_compares_each_idea_with_all(corpus, tmp_path, monkeypatch, run):
     assert "over modern_gpt --preset small" in output
 
 
-@pytest.mark.parametrize("name", ["losses.csv", "modern.csv"])
+@pytest.mark.parametrize("name", ["ladder", "ideas"])
 def test_the_results_are_of_the_models_that_are_here(name):
-    with (ROOT / "results" / name).open(encoding="utf-8", newline="") as file:
+    with (ROOT / "results" / name / "losses.csv").open(encoding="utf-8", newline="") as file:
         results = list(csv.DictReader(file))
     for result in {(row["stage"], row["flags"]): row for row in results}.values():
         config = wanted_config(f"{result['stage']} {result['flags']}", "cpu")

@@ -14,7 +14,7 @@ import gpt
 import modern_gpt
 import trainer.machine
 import trainer.run
-from trainer.layers import Dropout, attention
+from trainer.layers import Dropout, attention, rms_norm
 from trainer.machine import Machine, MachineSettings, fast_dtype
 
 import pytest
@@ -86,6 +86,18 @@ def test_dropout_follows_the_seed_and_its_gradient_goes_where_the_value_did():
     torch.testing.assert_close(results[0], x * x.grad)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
+def test_rms_norm_is_pytorchs(dtype, tolerance):
+    torch.manual_seed(1)
+    x = torch.randn(3, 5, 16).to(dtype).requires_grad_()
+    direction = torch.randn(3, 5, 16).to(dtype)
+    ours, expected = rms_norm(x), F.rms_norm(x, (16,), eps=1e-6)
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    gradients = [torch.autograd.grad(each, x, direction)[0] for each in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+    assert not rms_norm(torch.zeros(4)).any()
+
+
 # Attention: the plain lines, PyTorch's one call, and ours.
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -94,7 +106,7 @@ cpu_and_gpu = pytest.mark.parametrize("device", DEVICES)
 
 @cpu_and_gpu
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
-@pytest.mark.parametrize("T, S", [(1, 1), (7, 7), (1, 7), (3, 7)])
+@pytest.mark.parametrize("T, S", [(1, 1), (7, 7), (1, 7), (3, 7), (300, 310)])
 def test_attention_equals_the_plain_lines_and_pytorchs_call(T, S, window, device):
     torch.manual_seed(1)
     options = {"dtype": torch.float64, "device": device, "requires_grad": True}
