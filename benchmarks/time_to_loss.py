@@ -4,9 +4,10 @@
     python benchmarks/time_to_loss.py gpt.py --target 1.88 --preset small --seed 2
 
 All other flags are those of the script. Start-up, evaluations and saving count. The whole
-validation split is evaluated after each tenth of the steps, and after each fiftieth once the loss is
-within 0.02 of the target; training stops when it is reached. FLOPs are those of the model's matrix products; their
-fraction of the peak is that of the training steps, relative to a large product in the same dtype.
+validation split is evaluated after each tenth of the steps, and once the loss is within 0.02 of the
+target, after each fiftieth; training stops when it is reached. FLOPs are those of the model's
+matrix products; their fraction of the peak is that of the training steps, relative to a large
+product in the same dtype.
 """
 
 import argparse

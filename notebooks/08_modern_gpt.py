@@ -16,7 +16,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/character-gpt/course/blob/main/notebooks/08_modern_gpt.ipynb)
 #
-# The ladder is climbed. This notebook goes on from its top: the same model with ten ideas that
+# The ladder is climbed. This notebook goes on from its top: the same model with eleven ideas that
 # GPT-2 did not have; most of them are younger. After it you can
 #
 # - say what is left of LayerNorm in today's models;
@@ -60,7 +60,7 @@ from common import LanguageModel, Tokenizer, draw_batch
 from sample import generate
 from trainer.corpus import open_corpus
 from trainer.evaluate import exact_loss
-from trainer.layers import Dropout, attention, causal_mask
+from trainer.layers import Dropout, attention, causal_mask, rms_norm
 
 import torch
 from lesson import BLUE, GREY, ORANGE, check, given, plt, steps
@@ -77,7 +77,7 @@ held = validation[: steps(20_000)]  # enough of it to compare short trainings
 print(f"{len(training):,} characters to train on, {V} different ones")
 
 # %% [markdown]
-# ## Ten ideas, ten names
+# ## Eleven ideas, eleven names
 #
 # | name | `gpt.py` | here | a place to read of it |
 # |---|---|---|---|
@@ -87,6 +87,7 @@ print(f"{len(training):,} characters to train on, {V} different ones")
 # | `bias_free` | biases of the linear layers | none | T5, 2019 |
 # | `squared_relu` | ReLU | ReLU, squared | Primer, 2021 |
 # | `zero_init` | what a block adds starts small | it starts at zero | Fixup, 2019 |
+# | `token_shift` | each embedding alone | and some of the previous one | RWKV, 2023 |
 # | `embedding_norm` | the embedding as it is | a normalized embedding | BLOOM, 2022 |
 # | `embedding_skip` | the embedding comes in once | again in every block | modded-nanoGPT, 2024 |
 # | `muon` | AdamW for all | another optimizer for the matrices inside | Muon, 2024 |
@@ -112,7 +113,7 @@ class Config:
     muon_learning_rate: float = 1e-2  # size of Muon's steps, at its peak
     muon_momentum: Fraction = 0.9  # Muon's momentum coefficient
     warmup_iters: NonNegativeInt = 20  # steps over which the learning rates rise to their peak
-    cooldown: PositiveFraction = 0.7  # fraction of the steps over which they fall to zero
+    cooldown: PositiveFraction = 0.7  # fraction of steps over which learning rates decay to zero
     weight_decay: NonNegative = 0.1  # each step shrinks matrices by this times the learning rate
     gradient_clip: float = 1.0  # maximum gradient norm
     rms_norm: bool = True  # RMSNorm instead of LayerNorm
@@ -121,6 +122,7 @@ class Config:
     bias_free: bool = True  # no biases in linear layers
     squared_relu: bool = True  # ReLU squared instead of ReLU
     zero_init: bool = True  # start blocks as identities: zero their output projections
+    token_shift: bool = True  # add a multiple of the previous character's embedding
     embedding_norm: bool = True  # normalize the embedding
     embedding_skip: bool = True  # add λ times the embedding in every block
     muon: bool = True  # Muon for the matrices in the blocks
@@ -140,11 +142,11 @@ PRESETS = {
         eval_interval=500,
     ),
     "small": Config(
-        block_size=128,
         n_embd=128,
         n_head=2,
         n_layer=4,
         dropout=0.0,
+        batch_size=8,
         max_iters=2000,
         eval_interval=250,
     ),
@@ -193,7 +195,7 @@ class RMSNorm(nn.Module):
     """Divides a vector by its root mean square."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+        return rms_norm(x)  # x / sqrt(mean(x²))
 
 
 # %% [markdown]
@@ -385,7 +387,10 @@ plt.show()
 
 # %%
 class KVCache:
-    """Keeps the keys and values that later positions attend to; with RoPE the window slides."""
+    """Keeps the keys and values that later positions attend to; with RoPE the window slides.
+
+    For `token_shift`, the first block's also keeps the last embedding.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size  # how many earlier positions are visible
@@ -400,6 +405,11 @@ class KVCache:
         oldest = max(0, key.shape[2] - self.size)
         self.key, self.value = key[:, :, oldest:], value[:, :, oldest:]
         return key, value
+
+    def shift(self, x: Tensor) -> Tensor:
+        before = self.last if self.length else torch.zeros_like(x[:, :1])  # (B, 1, C)
+        self.last = x[:, -1:]
+        return torch.cat((before, x[:, :-1]), dim=1)  # (B, T, C)
 
 
 # %%
@@ -559,7 +569,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.up_proj(x))  # (B, T, 4*C)
         if self.squared_relu:
-            x = x.square()
+            x = x * x  # on a CPU several times as fast as x.square()
         return self.down_proj(x)  # (B, T, C)
 
 
@@ -613,6 +623,7 @@ class Model(LanguageModel):
         self.position_embedding = (
             None if config.rope else nn.Embedding(config.block_size, config.n_embd)
         )
+        self.shift_scale = nn.Parameter(torch.zeros(config.n_embd)) if config.token_shift else None
         self.embedding_norm = RMSNorm() if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.final_norm = make_norm(config)
@@ -637,6 +648,9 @@ class Model(LanguageModel):
             start = cache[0].length if cache else 0
             positions = torch.arange(start, start + T, device=idx.device)  # (T)
             x = x + self.position_embedding(positions)  # (B, T, C)
+        if self.shift_scale is not None:  # the first position has no previous character: zeros
+            previous = cache[0].shift(x) if cache else F.pad(x, (0, 0, 1, -1))  # (B, T, C)
+            x = x + self.shift_scale * previous  # (B, T, C)
         x = embedding = self.dropout(self.embedding_norm(x))
         for i, block in enumerate(self.blocks):
             x = block(x, embedding, cache[i] if cache else None)
@@ -661,9 +675,15 @@ torch.manual_seed(1)
 model, old_model = Model(tiny), Model(old)
 for name, each in (("old", old_model), ("modern", model)):
     sizes = {"in matrices": 0, "in positions": 0, "in biases": 0, "in norms": 0, "in λ": 0}
+    sizes["in the shift"] = 0
     for parameter_name, parameter in each.named_parameters():
         kind = "matrices" if parameter.dim() == 2 else "biases"
-        for word, its_kind in (("position", "positions"), ("norm", "norms"), ("lambda", "λ")):
+        for word, its_kind in (
+            ("position", "positions"),
+            ("norm", "norms"),
+            ("lambda", "λ"),
+            ("shift", "the shift"),
+        ):
             kind = its_kind if word in parameter_name else kind
         sizes[f"in {kind}"] += parameter.numel()
     print(f"{name:6}", ", ".join(f"{count:,} {kind}" for kind, count in sizes.items()))
@@ -672,7 +692,7 @@ for name, each in (("old", old_model), ("modern", model)):
 # Few: less than 3%, with the position embedding. They are not left out to save room, but because
 # the model can do without. Gain and bias of a norm can be folded into the layer behind it, as you
 # did in notebook 06; that a model does as well with no bias at all is experience, not proof. What
-# remains is simpler: every parameter except the λ is a matrix.
+# remains is simpler: every parameter except the λ and the vector of the token shift is a matrix.
 #
 # ## Starting at zero
 #
@@ -1009,26 +1029,25 @@ plt.show()
 # Now be careful with this picture. It says that *this* model of about 150,000 numbers, on
 # *this* text, is ahead after three hundred steps. It does not say
 #
-# - which of the ten ideas did it, or whether one of them does harm;
+# - which of the eleven ideas did it, or whether one of them does harm;
 # - what happens in a training fifty times as long, where a fast start counts for less;
 # - what it costs: with Muon a step takes longer;
 # - what other settings would have done for either.
 #
 # For such questions there is a real measurement: `python compare.py --modern` trains a larger model
-# with all ideas and, idea by idea, without it, for equal steps and for equal seconds.
+# with all ideas and, idea by idea, without it, for the same number of steps.
 #
-# **Predict:** which of the ten ideas does it miss most, and how many make no difference that three
-# seeds could show?
+# **Predict:** which of the eleven ideas does it miss most? How many make no difference that five
+# seeds can show?
 #
 # <details><summary>What it found</summary>
 #
-# ![How much higher the loss ends without each idea](../results/modern.svg)
+# ![The loss with all ideas, and without each of them](../results/ideas/staircase.svg)
 #
-# A model of 800,000 numbers, 2,000 steps, Tiny Shakespeare: without Muon it ends higher by 0.07,
-# without RoPE by 0.03. Without the linear decay it is 0.01, hardly more than chance would do. Any
-# one of the other seven can go, and nothing is lost that three seeds would show; without all seven
-# at once it ends higher by 0.02. Deep stacks and long trainings, for which some of them were made,
-# do not come up here. The README has the table.
+# A bar to the left is what leaving out an idea costs, with its standard error. An idea whose bar is
+# shorter than two standard errors may do nothing in this model of 800,000 parameters. Deep stacks
+# and long trainings, for which some of the ideas were made, do not come up here. The table is in
+# `docs/results.md`.
 #
 # </details>
 #
@@ -1514,6 +1533,7 @@ def exercise_5() -> None:
         assert off != 2 * (2 * L + 1) * C, f"{words}: each norm has a gain and a bias"
         assert off != 2 * C, f"{words}: there is one more norm, before the logits"
         assert off != -L, f"{words}: each block has a new parameter, its λ"
+        assert off != -C, f"{words}: the token shift has a vector of its own"
         assert off == 0, f"{words}: {right} are saved, not {answer}"
 
 
@@ -1525,7 +1545,7 @@ def exercise_5() -> None:
 #     T, C, L = config.block_size, config.n_embd, config.n_layer
 #     biases = L * (C + 4 * C + C)
 #     norms = (2 * L + 1) * 2 * C
-#     return T * C + biases + norms - L
+#     return T * C + biases + norms - L - C
 # ```
 #
 # </details>

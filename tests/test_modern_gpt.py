@@ -106,6 +106,16 @@ def test_each_idea_is_in_the_model_only_where_it_is_on():
         torch.testing.assert_close(mlp(x), mlp.down_proj(activation(mlp.up_proj(x))))
 
 
+def test_the_token_shift_adds_a_multiple_of_the_embedding_before():
+    model, seen = random_model(), []
+    model.embedding_norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    idx = torch.randint(11, (2, 9))
+    model(idx)
+    x = model.token_embedding(idx)
+    assert torch.equal(seen[0][:, 0], x[:, 0])
+    torch.testing.assert_close(seen[0][:, 1:], x[:, 1:] + model.shift_scale * x[:, :-1])
+
+
 def test_the_embedding_skip_adds_lambda_times_the_embedding():
     block = random_model().blocks[0]
     x, embedding = torch.randn(2, 2, 5, 24)

@@ -196,6 +196,12 @@ def test_a_signal_stops_a_run_which_says_how_to_resume(number, small_run, tmp_pa
     assert same_state(stopped / "checkpoint.pt", tmp_path / "whole" / "checkpoint.pt")
 
 
+def test_the_first_steps_are_evaluated_more_often(small_run, tmp_path):
+    flags = ["--max-iters", 110, "--eval-interval", 50, "--out", "run"]
+    assert small_run("bigram", *flags)[0] == 0
+    assert [row[0] for row in table(tmp_path / "run")] == [0, 10, 30, 50, 100, 110]
+
+
 def test_a_finished_run_can_go_further(small_run, run, tmp_path):
     assert small_run("layer_norm", "--out", "one")[0] == 0
     before = files(tmp_path / "one")
