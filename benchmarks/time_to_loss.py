@@ -4,7 +4,7 @@
     python benchmarks/time_to_loss.py gpt.py --target 1.88 --preset small --seed 2
 
 All other flags are those of the script. Start-up, evaluations and saving count. The whole
-validation split is evaluated after each tenth of the steps, and once the loss is within 0.02 of the
+validation split is evaluated after each fifth of the steps, and once the loss is within 0.03 of the
 target, after each fiftieth; training stops when it is reached. FLOPs are those of the model's
 matrix products; their fraction of the peak is that of the training steps, relative to a large
 product in the same dtype.
@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from trainer import Run
+import trainer.run
+from trainer import Run, cli
 
 import psutil
 import torch
 from speed import count_flops, matmul_speed
 
-NEAR = 0.02  # above the target, where evaluations become frequent
+NEAR = 0.03  # above the target, where evaluations become frequent
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         def evaluate(self) -> None:
             super().evaluate()
             loss = self.history.rows[-1]["val_loss"]
-            often = 50 if loss < options.target + NEAR else 10
+            often = 50 if loss < options.target + NEAR else 5
             self.config.eval_interval = max(1, self.config.max_iters // often)
             if loss <= options.target:
                 report(self, loss)
@@ -49,6 +50,7 @@ def main() -> None:
 
     module = importlib.import_module(options.script.removesuffix(".py"))
     module.Run = TimedRun
+    trainer.run.EARLY_EVALUATIONS = ()
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [options.script, *flags, "--out", str(Path(folder, "run"))]
         module.main()
@@ -69,4 +71,4 @@ def report(run: Run, loss: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)
