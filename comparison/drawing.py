@@ -62,7 +62,11 @@ def staircase(rows: list[Row], width: int = WIDTH) -> str:
     losses = [row.loss.value for row in rows]
     low, high = min(losses) - max(errors), max(losses) + max(errors)
     x = scale(high, low, 16, width - 140)  # numbers need the room on the right
-    y, level, shapes = 40, {}, [text(0, 16, "validation loss (nats per character): further right is better")]
+    y, level, shapes = (
+        40,
+        {},
+        [text(0, 16, "validation loss (nats per character): further right is better")],
+    )
     for row, loss, error, color in zip(rows, losses, errors, palette(len(rows)), strict=True):
         name = f"{row.name}: {f'{loss:.3f}' if row.finished else progress(row)}"
         lines = wrap(name, width // 9, break_on_hyphens=False)
@@ -98,7 +102,10 @@ def curves(rows: list[Row], column: str) -> str:
     names = [" ".join(x for x in each if x not in shared) or " ".join(each) for each in flags]
     bottom, right = max(340, 60 + 20 * len(rows)), WIDTH - 40 - 9 * min(22, max(map(len, names)))
     x, y = scale(min(at), max(at), 50, right), scale(max(losses), min(losses), 40, bottom - 10)
-    shapes = [text(0, 16, "validation loss (nats per character)"), text(50, bottom + 42, f"{column.rstrip('s')}s")]
+    shapes = [
+        text(0, 16, "validation loss (nats per character)"),
+        text(50, bottom + 42, f"{column.rstrip('s')}s"),
+    ]
     for tick in ticks(min(at), max(at), step=0.5 if max(at) - min(at) < 2 else 1):
         value = float(f"{10**tick:.1g}")  # 1, 10, 100, or also 3, 30
         shapes.append(text(x(tick), bottom + 20, f"{value:,.10g}", "middle"))
