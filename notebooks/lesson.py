@@ -1,32 +1,56 @@
-"""What the notebooks share: a quick mode, visible characters, one style for pictures, checks."""
+"""What the notebooks share: quick mode, pictures, predictions, and checks of exercises."""
 
+import html
+import linecache
 import os
+import re
+import traceback
 from collections.abc import Callable, Sequence
 
 import matplotlib
 import torch
+from IPython import get_ipython
+from IPython.display import HTML, display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
 # COURSE_QUICK=1 in the environment runs a notebook with a fraction of the steps, to see that it
-# works; its losses then mean nothing.
+# works. Its losses mean nothing.
 QUICK = os.environ.get("COURSE_QUICK", "") not in ("", "0")
 
-# Colors that a color-blind reader can tell apart (Okabe and Ito).
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777"
+# Colors that a color-blind reader can tell apart (Okabe and Ito), dark enough for text.
+BLUE, ORANGE, GREEN, PINK, GRAY = "#0072b2", "#c04f00", "#007a59", "#a8457e", "#666666"
+RIGHT, WRONG, OPEN = ("✓", "#007a59"), ("✗", "#c0392b"), ("…", "#666666")
 
+set_matplotlib_formats("svg")
 plt.rcParams.update(
     {
-        "figure.dpi": 90,
         "figure.constrained_layout.use": True,
+        "figure.facecolor": "#fbfbf8",  # light in JupyterLab's dark theme too, but not glaring
+        "axes.facecolor": "#fbfbf8",
         "font.size": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, PINK, GREY]),
+        "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, PINK, GRAY]),
+        "svg.hashsalt": "the same picture, the same file",
     }
 )
 torch.set_num_threads(1 if QUICK else torch.get_num_threads())
+
+
+def say(text: str, sign: tuple[str, str] = ("", GRAY)) -> None:
+    """A line in color, with a symbol for those who do not see the color."""
+    symbol, color = sign
+    line = f"{symbol} {text}".strip()
+    style = f"color: {color}; font-weight: bold; white-space: pre-wrap; margin: 0"
+    page = HTML(f'<p style="{style}">{html.escape(line)}</p>')
+    display({"text/plain": line, "text/html": page.data}, raw=True)
+
+
+if QUICK:
+    say("Quick mode (COURSE_QUICK=1): models are barely trained, so losses mean nothing.", WRONG)
 
 
 def steps(count: int) -> int:
@@ -45,15 +69,38 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     title: str = "",
+    bar: str = "",
     **options: object,
 ) -> None:
-    """Values as shades, from dark to light, with a label at each row and column."""
-    axes.imshow(values.detach().cpu(), aspect="equal", **{"cmap": "cividis"} | options)
+    """Values as colors; -inf and NaN stay blank. `bar` labels a color bar."""
+    values = values.detach().cpu().float()
+    values = values.masked_fill(~values.isfinite(), float("nan"))
+    image = axes.imshow(values, aspect="equal", **{"cmap": "cividis"} | options)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11)
+    if bar:
+        axes.figure.colorbar(image, ax=axes, label=bar, shrink=0.8)
+
+
+def causal(weights: Tensor) -> Tensor:
+    """Attention weights with the masked future as NaN, so that a heat map leaves it blank."""
+    future = torch.ones_like(weights, dtype=torch.bool).triu(1)
+    return weights.masked_fill(future, float("nan"))
+
+
+def reveal(guess: object, answer: object, within: float = 0.0) -> None:
+    """Compare the reader's prediction with what happened; without one, say nothing of the answer."""
+    if guess is ...:
+        say("Type your prediction above first, instead of the three dots.", OPEN)
+    elif isinstance(answer, str):
+        hit = str(guess).strip().lower() == answer.lower()
+        say(f"You said {guess}; it is {answer}.", RIGHT if hit else WRONG)
+    else:
+        hit = abs(float(guess) - float(answer)) <= within
+        say(f"You said {guess}; it is {float(answer):.4g}.", RIGHT if hit else WRONG)
 
 
 class NotYet(Exception):
@@ -69,12 +116,37 @@ def given(answer: object) -> object:
 
 def check(exercise: Callable[[], None]) -> None:
     """Run the assertions about an answer, and say which one fails."""
+    if complaint := failed_above():
+        say(f"Not yet: {complaint}", WRONG)
+        return
     try:
         exercise()
-        print("Right.")
+        say("Right.", RIGHT)
     except NotYet:
-        print("Nothing there yet: fill in the cell above, then run this one again.")
+        say("Nothing there yet: fill in the cell above, run it, then run this one again.", OPEN)
     except AssertionError as error:
-        print(f"Not yet: {error}")
+        say(f"Not yet: {error}", WRONG)
     except Exception as error:  # whatever the reader's code does
-        print(f"Not yet: your code stopped with {type(error).__name__}: {error}")
+        where = line_of(error)
+        say(f"Not yet: your code stopped with {type(error).__name__}: {error}{where}", WRONG)
+
+
+def failed_above() -> str:
+    """A complaint if the cell that ran last has failed, since its functions are then old ones."""
+    shell = get_ipython()
+    result = shell.last_execution_result if shell else None
+    error = (result.error_before_exec or result.error_in_exec) if result else None
+    if error is None:
+        return ""
+    return f"the cell that you ran last stopped with {type(error).__name__}: {error}"
+
+
+def line_of(error: Exception) -> str:
+    """Where in the reader's own code an error happened, if it did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if re.search(r"ipykernel|ipython-input", f.filename)]
+    own = [f for f in own if not f.name.startswith("exercise_")]
+    if not own:
+        return ""
+    source = linecache.getline(own[-1].filename, own[-1].lineno).strip()
+    return f"\nin line {own[-1].lineno} of {own[-1].name}: {source}"

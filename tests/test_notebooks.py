@@ -8,7 +8,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, STAGES
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from test_lessons import assert_threads_spin_briefly, read
@@ -23,6 +23,7 @@ SCRIPTS = {  # the notebooks, and what each of them builds
     "07_gpt": ["gpt"],
     "08_modern_gpt": ["modern_gpt"],
 }
+NOT_TAUGHT = {"Config", "main"}
 every_notebook = pytest.mark.parametrize("name", SCRIPTS)
 
 
@@ -48,19 +49,31 @@ def test_the_notebook_is_made_from_its_source(name):
 
 
 def definitions(code: str) -> set[tuple[str, str]]:
-    """All classes, functions and constants, without comments and line breaks."""
+    """All classes and functions, without comments and line breaks."""
     nodes = ast.parse(code).body
-    found = {(n.name, ast.dump(n)) for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
-    constants = [node for node in nodes if isinstance(node, ast.Assign)]
-    return found | {(ast.unparse(node.targets[0]), ast.dump(node)) for node in constants}
+    return {(n.name, ast.dump(n)) for n in nodes if isinstance(n, ast.ClassDef | ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("name, script", [(n, each) for n in SCRIPTS for each in SCRIPTS[n]])
-def test_the_notebook_mirrors_its_script(name, script):
-    wanted = definitions(read(f"{script}.py"))
+def test_what_is_new_in_a_script_is_built_in_its_notebook(name, script):
+    above = STAGES[: STAGES.index(script)][-1:]
+    old = set().union(*(definitions(read(f"{each}.py")) for each in above))
+    wanted = {each for each in definitions(read(f"{script}.py")) - old if each[0] not in NOT_TAUGHT}
     assert wanted
     different = wanted - definitions(code_of(source(name)))
     assert not different, f"{name} lacks {script}.py's {', '.join(sorted(dict(different)))}"
+
+
+@every_notebook
+def test_it_is_short_enough_for_one_sitting(name):
+    cells = source(name).cells
+    words = sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+    assert words <= 1700 and len(cells) <= 55
+    assert "minutes" in cells[0].source
+    assert f"../results/diagrams/{SCRIPTS[name][0]}.svg" in cells[0].source
+    assert "**Next →**" in cells[-1].source and "<details>" not in cells[-1].source
+    text = "".join(cell.source for cell in cells)
+    assert text.count("<summary>Answer</summary>") >= 5  # the quiz
 
 
 @every_notebook
@@ -78,18 +91,21 @@ def test_no_cell_is_longer_than_a_screen(name):
 
 @every_notebook
 def test_the_saved_outputs_are_complete_and_clean(name):
-    cells = [cell for cell in saved(name).cells if cell.cell_type == "code"]
+    notebook = saved(name)
+    assert "jupytext" not in notebook.metadata  # JupyterLab would tie the notebook to its source
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     counts = [cell.execution_count for cell in cells]
     assert counts == list(range(1, len(cells) + 1))  # run once, from top to bottom
+    assert not any(cell.outputs for cell in tagged(notebook, "prediction"))
     pictures = 0
     for output in (output for cell in cells for output in cell.outputs):
         assert output.output_type != "error"
         assert output.get("name") != "stderr", output.text
-        shown = str(output.get("text", "")) + str(dict(output.get("data", {}), **{"image/png": ""}))
+        data = {kind: text for kind, text in output.get("data", {}).items() if "image" not in kind}
         private = r"/(home|root|tmp|work|Users|usr|opt)/|[A-Z]:\\\\|site-packages"
-        assert not re.search(private, shown)
-        pictures += "image/png" in output.get("data", {})
-    assert pictures >= 3
+        assert not re.search(private, str(output.get("text", "")) + str(data))
+        pictures += "image/svg+xml" in output.get("data", {})
+    assert 3 <= pictures <= 9
     assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < 1_500_000
 
 
@@ -124,6 +140,10 @@ def with_answers(name: str) -> Iterator[NotebookNode]:
                 yield again
 
 
+def words_of(output: NotebookNode) -> str:
+    return output.get("text", "") + output.get("data", {}).get("text/plain", "")
+
+
 @pytest.mark.slow
 @every_notebook
 def test_it_runs_from_a_clean_kernel_and_its_exercises_check(name, monkeypatch):
@@ -131,28 +151,23 @@ def test_it_runs_from_a_clean_kernel_and_its_exercises_check(name, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = source(name)
     count = len(tagged(notebook, "exercise"))
-    assert 3 <= count <= 5
+    assert 3 <= count <= 6
     assert count == len(tagged(notebook, "check")) == len(solutions(notebook))
     notebook.cells = list(with_answers(name))
     resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     NotebookClient(notebook, timeout=120, resources=resources).execute()  # raises where a cell does
     for tag, expected in (
-        ("check", r"Nothing there yet: "),
-        ("mistake", r"Not yet: (?!your code stopped)"),
-        ("solution", r"(?:.*\n)*Right\.\n$"),
+        ("check", r"… Nothing there yet: "),
+        ("mistake", r"(?:.*\n)*✗ Not yet: (?!your code stopped)"),
+        ("solution", r"(?:.*\n)*✓ Right\.$"),
     ):
-        said = ["".join(o.get("text", "") for o in c.outputs) for c in tagged(notebook, tag)]
+        said = ["".join(map(words_of, cell.outputs)) for cell in tagged(notebook, tag)]
         assert len(said) == count
         for i, each in enumerate(said):
             assert re.match(expected, each), f"exercise {i + 1}, {tag}: {each!r}"
 
 
-def test_the_notebooks_open_in_colab_and_leave_nothing_behind():
-    for name in SCRIPTS:
-        text = read(f"notebooks/{name}.py")
-        assert f"/blob/main/notebooks/{name}.ipynb)" in text
-        (address,) = set(re.findall(r'"clone", "-q", "(https://github.com/[\w./-]+)"', text))
-        assert f"research.google.com/github/{address.removeprefix('https://github.com/')}/" in text
-    left = {path.name for path in Path(ROOT, "notebooks").iterdir()} - {"__pycache__", "lesson.py"}
+def test_the_notebooks_leave_nothing_behind():
+    left = {path.name for path in Path(ROOT, "notebooks").iterdir()}
     left -= {f"{name}{ending}" for name in SCRIPTS for ending in (".py", ".ipynb")}
-    assert left <= {".ipynb_checkpoints"}
+    assert left <= {".ipynb_checkpoints", "__pycache__", "lesson.py", "build.py"}
