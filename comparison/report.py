@@ -7,6 +7,7 @@ import keyword
 import re
 import textwrap
 import tokenize
+from base64 import b64encode
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 from trainer import UserError
 from common import Tokenizer
 from comparison import drawing
+from comparison.diagram import STAGES, diagram
+from comparison.drawing import standalone
 from comparison.table import TEXT_COLUMNS, Row, Table
 from sample import generate, load
 from trainer.corpus import Corpus
@@ -39,9 +42,21 @@ def report(
     samples = [(row, sample_of(row, settings)) for row in rows if not row.is_variant]
     values = {"rows": rows, "table": table, "notes": notes, "warning": warning, "corpus": corpus}
     values |= {"settings": settings, "text_columns": TEXT_COLUMNS, "drawing": drawing}
-    values |= {"steps": [*steps(rows)], "samples": samples}
+    values |= {"steps": [*steps(rows)], "samples": samples, "diagrams": diagrams(rows)}
     page = environment.get_template("report.html").render(values)
     return page.replace("\0", "\ufffd").encode("utf-8", errors="replace")
+
+
+def diagrams(rows: list[Row]) -> dict[str, dict[str, str]]:
+    """A stage's diagram in both themes, as addresses that hold the picture."""
+    pictures = {name: diagram(name) for name in {row.stage for row in rows} & STAGES.keys()}
+    return {
+        name: {
+            theme: f"data:image/svg+xml;base64,{b64encode(standalone(svg, theme)).decode()}"
+            for theme in ("light", "dark")
+        }
+        for name, svg in pictures.items()
+    }
 
 
 def steps(rows: list[Row]) -> Iterator[tuple]:

@@ -4,22 +4,52 @@
     python notebooks/build.py 02_self_attention     only this one
 
 A notebook's source is the .py file of the same name. Outputs of cells tagged `prediction` are left
-out, since they would give the answer away.
+out, since they would give the answer away. If pyproject.toml names the repository, each notebook
+gets a Colab badge and a cell that fetches the course there.
 """
 
+import re
 import sys
 from pathlib import Path
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 
 HERE = Path(__file__).resolve().parent
+BADGE = (
+    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    "(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb)"
+)
+FETCH = """# In Colab, this fetches the course.
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
+    subprocess.run(["git", "clone", "-q", "https://github.com/{repository}", "course"], check=True)
+    os.chdir("course/notebooks")"""
+
+
+def repository() -> str:
+    """Owner and name on GitHub, from the one place that has them; empty if unknown."""
+    text = HERE.with_name("pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "https://github.com/([^"]+)"', text, re.MULTILINE)
+    return found[1].rstrip("/") if found else ""
+
+
+def source(name: str, address: str) -> NotebookNode:
+    notebook = jupytext.read(HERE / f"{name}.py")
+    if address:
+        notebook.cells[0].source += "\n\n" + BADGE.format(repository=address, name=name)
+        notebook.cells.insert(1, nbformat.v4.new_code_cell(FETCH.format(repository=address)))
+    return notebook
 
 
 def main() -> None:
     for name in sys.argv[1:] or sorted(path.stem for path in HERE.glob("0*.py")):
-        notebook = jupytext.read(HERE / f"{name}.py")
+        notebook = source(name, repository())
         NotebookClient(notebook, timeout=900, resources={"metadata": {"path": HERE}}).execute()
         for cell in notebook.cells:
             tags = cell.metadata.get("tags", [])
@@ -27,7 +57,7 @@ def main() -> None:
             if "prediction" in tags:
                 cell.outputs = []
         # Without jupytext's metadata, JupyterLab never writes into the source or reads from it.
-        notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
+        del notebook.metadata["jupytext"]
         nbformat.write(notebook, HERE / f"{name}.ipynb")
         print(f"{name}.ipynb", flush=True)
 

@@ -92,7 +92,7 @@ def causal(weights: Tensor) -> Tensor:
 
 
 def reveal(guess: object, answer: object, within: float = 0.0) -> None:
-    """Compare the reader's prediction with what happened; without one, say nothing of the answer."""
+    """Compare the reader's prediction with the answer; without one, the answer stays hidden."""
     if guess is ...:
         say("Type your prediction above first, instead of the three dots.", OPEN)
     elif isinstance(answer, str):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import jupytext
+import build
 import nbformat
 import pytest
 from conftest import ROOT, STAGES
@@ -28,7 +28,7 @@ every_notebook = pytest.mark.parametrize("name", SCRIPTS)
 
 
 def source(name: str) -> NotebookNode:
-    return jupytext.read(ROOT / "notebooks" / f"{name}.py")
+    return build.source(name, build.repository())
 
 
 def saved(name: str) -> NotebookNode:
@@ -165,6 +165,15 @@ def test_it_runs_from_a_clean_kernel_and_its_exercises_check(name, monkeypatch):
         assert len(said) == count
         for i, each in enumerate(said):
             assert re.match(expected, each), f"exercise {i + 1}, {tag}: {each!r}"
+
+
+def test_a_notebook_gets_a_badge_once_the_repository_is_known():
+    without, known = (build.source("01_bigram", address) for address in ("", "someone/a-course"))
+    assert "colab" not in str(without).lower()
+    link = "research.google.com/github/someone/a-course/blob/main/notebooks/01_bigram.ipynb)"
+    assert link in known.cells[0].source
+    assert "https://github.com/someone/a-course" in known.cells[1].source
+    assert known.cells[2:] == without.cells[1:]
 
 
 def test_the_notebooks_leave_nothing_behind():

@@ -8,6 +8,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from compare import SMALL_STAGES, link
+from comparison.diagram import STAGES as DIAGRAMS
+from comparison.diagram import diagram
 from comparison.drawing import THEMES, curves, palette, staircase, standalone
 from comparison.report import first_line, highlighted, prose, report, sample_of, steps
 from comparison.runs import read_run
@@ -94,6 +96,15 @@ def test_pictures_of_any_number_of_rows(commands, tmp_path):
     assert curves(rows, "step").count('"line"') == len(rows) + (commands == LADDER)
     del rows[0].runs[0].rows[1:], rows[0].runs[1:]
     assert "(stopped," in staircase(rows) and curves(rows, "step")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_diagrams_are_current(name):
+    for theme, suffix in {"light": "", "dark": "-dark"}.items():
+        path = ROOT / "results" / "diagrams" / f"{name}{suffix}.svg"
+        assert path.read_bytes() == standalone(diagram(name), theme)
+        ElementTree.fromstring(path.read_bytes())
+    assert ('class="new"' in diagram(name)) and tuple(DIAGRAMS) == STAGES
 
 
 def test_steps_turn_one_script_into_the_next_as_html(ladder):

@@ -196,6 +196,19 @@ def test_a_signal_stops_a_run_which_says_how_to_resume(number, small_run, tmp_pa
     assert same_state(stopped / "checkpoint.pt", tmp_path / "whole" / "checkpoint.pt")
 
 
+def test_what_a_run_prints(small_run):
+    code, output, _ = small_run("layer_norm", "--max-iters", 60, "--learning-rate", 0.1)
+    before, sample, after = re.split(r"^-{72}\n", output, flags=re.MULTILINE)
+    assert code == 0 and len(sample.strip("\n")) > 10
+    assert max(map(len, before.splitlines())) <= 80
+    rows = re.findall(r"^step .* validation (\S+) .*?( {2}\*)?$", before, re.MULTILINE)
+    losses = [float(loss) for loss, _ in rows]
+    best = [0 < i and losses[i] == min(losses[: i + 1]) for i in range(len(rows))]
+    assert [bool(star) for _, star in rows] == best and len(rows) == 7
+    assert f"* best validation loss {min(losses):.4f}" in before
+    assert re.match(r"next: python sample\.py runs.layer_norm --sample-length 2000", after)
+
+
 def test_the_first_steps_are_evaluated_more_often(small_run, tmp_path):
     flags = ["--max-iters", 110, "--eval-interval", 50, "--out", "run"]
     assert small_run("bigram", *flags)[0] == 0

@@ -58,7 +58,8 @@ class History:
         self.loss_sum, self.loss_count = 0.0, 0.0
 
     def last_line(self) -> str:
-        return LINE.format(**self.rows[-1])
+        is_best = self.rows[-1] is self.best and self.rows[1:]
+        return LINE.format(**self.rows[-1]) + "  *" * bool(is_best)
 
 
 def losses_csv(rows: list[dict[str, float]]) -> bytes:

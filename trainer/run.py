@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+RULE = "-" * 72  # above and below the sample
 SECONDS_BETWEEN_SAVES = 300
 EARLY_EVALUATIONS = (10, 30, 100, 300)  # steps; the loss drops fastest at the start
 STEPS_BETWEEN_LOSSES = 20  # reading a loss waits for the GPU
@@ -143,7 +144,7 @@ class Run:
         best, plan, model = self.history.best, self.plan, type(self.model)(self.config)
         bits = f"{best['val_loss'] / math.log(2):.3f} bits per character"
         when = f"step {best['step']} after {best['seconds']:.1f} s"
-        say(f"best validation loss {best['val_loss']:.4f} ({bits}) at {when}")
+        say(f"* best validation loss {best['val_loss']:.4f} ({bits}) at {when}")
         if self.step > self.first_step:
             seconds = self.computing / (self.step - self.first_step)
             speed = self.config.batch_size * self.config.block_size / seconds
@@ -152,13 +153,16 @@ class Run:
             say(f"entropy of Pocket Play, which no model can beat on average: {entropy:.4f}")
         restore(read_checkpoint(self.folder.path / "best.pt"), {"model": model})
         store_by_columns(model.to(self.device))
+        say(RULE)
         text = ""
         for piece in continuation(model, plan.tokenizer, plan.settings, plan.seed):
             say(piece, end="")
             text += piece
-        say("")
+        say(f"\n{RULE}")
         write_whole(self.folder.path / "sample.txt", text.encode("utf-8"))
         self.folder.unlock()
+        folder = quoted([str(self.folder.path)])
+        say(f"next: python sample.py {folder} --sample-length 2000, or python compare.py")
 
     def start(self) -> None:
         """Try a step, load what was saved, evaluate; only then write the first files."""
@@ -260,6 +264,10 @@ def resume_command(run: Run) -> str:
     for each in fields(SampleSettings):
         if (value := getattr(run.plan.settings, each.name)) != each.default:
             command += [flag(each.name), str(value)]
+    return quoted(command)
+
+
+def quoted(command: list[str]) -> str:
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
