@@ -203,7 +203,7 @@ def test_what_a_run_prints(small_run):
     assert max(map(len, before.splitlines())) <= 80
     rows = re.findall(r"^step .* validation (\S+) .*?( {2}\*)?$", before, re.MULTILINE)
     losses = [float(loss) for loss, _ in rows]
-    best = [0 < i and losses[i] == min(losses[: i + 1]) for i in range(len(rows))]
+    best = [i > 0 and losses[i] == min(losses[: i + 1]) for i in range(len(rows))]
     assert [bool(star) for _, star in rows] == best and len(rows) == 7
     assert f"* best validation loss {min(losses):.4f}" in before
     assert re.match(r"next: python sample\.py runs.layer_norm --sample-length 2000", after)
