@@ -12,208 +12,254 @@
 # ---
 
 # %% [markdown]
-# # 1 · The bigram table
+# # 1 · A bigram model
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/character-gpt/course/blob/main/notebooks/01_bigram.ipynb)
+# You build the smallest language model, a table of scores, and everything around it that the later
+# notebooks reuse: tokenizer, batches, loss, training loop and sampling. It takes about 45 minutes.
 #
-# The smallest language model there is, and everything that surrounds it up to the GPT. After this
-# notebook you can
+# ![A character selects a row in a V × V table of logits](../results/diagrams/bigram.svg)
 #
-# - turn a text into numbers and back, and say what other tokenizers do instead;
-# - say what a batch is, and how many examples it holds;
-# - build a model of character pairs twice, by counting and by gradient descent, and show that both
-#   come to the same table;
-# - explain why an untrained model starts at a loss of ln 65;
-# - sample from a model, colder or hotter.
+# The loss falls from that of blind guessing, which you will predict, to about 2.48 nats per
+# character.
 #
-# Run each cell with shift-enter, from the top. Change things: nothing can break that a restart
-# does not mend.
+# Run the cells in order with Shift+Enter. In **predictions** and **exercises**, replace the `...`.
+# The cell below an exercise checks your answer; a solution is folded under it. If something
+# breaks, restart the kernel and run from the top.
+#
+# ## The text
+#
+# A **language model** predicts what comes next in a text. Ours reads plays by Shakespeare, one
+# character at a time. First some imports, then the text:
 
 # %%
-# In Colab this fetches the course. Everywhere it lets Python find the scripts.
-import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
-    subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
-    os.chdir("course/notebooks")
 sys.path.insert(0, "..")
 
-# %%
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import Counter
+from itertools import islice, pairwise
+from math import exp, log
 from pathlib import Path
 
-from trainer import Run
+from bigram import Config
 from common import LanguageModel, Tokenizer, draw_batch, split
-from sample import generate
 from trainer.corpus import open_corpus
 from trainer.evaluate import exact_loss
 
 import torch
-from lesson import BLUE, GREY, ORANGE, check, given, heat_map, plt, steps, visible
+from lesson import BLUE, GRAY, ORANGE, check, given, heat_map, plt, reveal, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% [markdown]
-# ## The text
-#
-# One file of plays, about a million characters. The first run downloads it.
-
 # %%
-corpus = open_corpus(None)
+corpus = open_corpus(None)  # downloads 1 MB at first use
 text = Path(corpus.path).read_text(encoding="utf-8")
-print(f"{len(text):,} characters\n")
-print(text[:250])
+print(text[:148])
+print(f"{len(text):,} characters, {len(set(text))} different ones, {len(text.split()):,} words")
+
+ranked = Counter(text).most_common()
+print("the rarest:", ", ".join(f"{c} {count:,}×" for c, count in ranked[-5:]))
+characters, frequencies = zip(*ranked[:30], strict=True)
+figure, axes = plt.subplots(figsize=(8.5, 2.8))
+axes.bar(range(30), [100 * count / len(text) for count in frequencies])
+axes.set_xticks(range(30), visible("".join(characters)))
+axes.set(xlabel="character (␣ is a space, ↵ a newline)", ylabel="fraction of the text (%)")
+plt.show()
 
 # %% [markdown]
-# A model computes with numbers, so every character gets one: its place in the sorted list of all
-# characters that occur. That list is the **vocabulary**, its length is `V`.
+# ## From characters to token ids
+#
+# A model computes with numbers, so each character gets a **token id**: its index in the
+# **vocabulary**, the sorted list of all characters that occur. `V` is the vocabulary size.
 
 # %%
 vocabulary = "".join(sorted(set(text)))
 V = len(vocabulary)
-print(V, "characters:", " ".join(visible(vocabulary)))
+id_of = {character: i for i, character in enumerate(vocabulary)}
+print(" ".join(visible(vocabulary)))
 
-# %%
-number = {character: i for i, character in enumerate(vocabulary)}
-encoded = [number[character] for character in "hello there"]
-decoded = "".join(vocabulary[i] for i in encoded)
-print(encoded)
-print(decoded)
+ids = [id_of[character] for character in "hello"]  # encode
+print(ids)
+print("".join(vocabulary[i] for i in ids))  # decode
 
 # %% [markdown]
-# That is a whole tokenizer. `common.py` has it as a class, `Tokenizer`, for all stages.
+# That is a complete **tokenizer**; `common.py` has it as a class, `Tokenizer`.
 #
-# ### What other tokenizers do
+# ## Split and batches
 #
-# The unit need not be a character. Bytes need only 256 numbers for any language. Words make the
-# text short, but there are tens of thousands of them, and a new one has no number.
-
-# %%
-words = text.split()
-print(f"characters: {len(text):9,} tokens, vocabulary {V:6,}")
-print(f"bytes:      {len(text.encode('utf-8')):9,} tokens, vocabulary {256:6,}")
-print(f"words:      {len(words):9,} tokens, vocabulary {len(set(words)):6,}")
-
-# %% [markdown]
-# Large models take the middle way, **byte pair encoding**: begin with bytes, find the pair of
-# neighbors that is the most frequent, make it a token of its own, and repeat tens of
-# thousands of times. Here are the first twelve such steps on a piece of the text.
-
-# %%
-tokens, steps_so_far = list(text[:50_000]), []
-for _ in range(12):
-    counts = {}
-    for pair in pairwise(tokens):
-        counts[pair] = counts.get(pair, 0) + 1
-    best = max(counts, key=counts.get)
-    merged, i = [], 0
-    while i < len(tokens):
-        if tuple(tokens[i : i + 2]) == best:
-            merged.append("".join(best))
-            i += 2
-        else:
-            merged.append(tokens[i])
-            i += 1
-    tokens = merged
-    steps_so_far.append("".join(visible(best[0] + best[1])))
-print("   ".join(steps_so_far))
-print(f"50,000 characters have become {len(tokens):,} tokens")
-
-# %% [markdown]
-# A larger vocabulary, a shorter text: that is the trade. This course stays with characters, since
-# then every model fits a laptop and you can read each of its numbers.
+# The first 90% of the text is the **training split**. The model never trains on the rest, the
+# **validation split**. The loss there shows whether it has learned the language or only memorized
+# the text.
 #
-# ## Split, blocks, batches
-#
-# The first 90 % of the text is for training. The rest is kept back: what a model has never seen
-# tells whether it has learned the language or memorized the text.
+# A model reads at most `T` characters at once, its **context length**. A window of `T + 1`
+# characters holds `T` examples:
 
 # %%
 tokenizer = Tokenizer(text)
 training, validation = split(torch.tensor(tokenizer.encode(text)))
-print(f"{len(training):,} to train on, {len(validation):,} to validate with")
+print(f"{len(training):,} characters for training, {len(validation):,} for validation")
 
-# %% [markdown]
-# A model reads a **block** of `T` characters at a time. In one block there are `T` examples: after
-# one character comes this, after two comes that, and so on.
-
-# %%
 T = 8
-block = training[: T + 1]
+print("the first window:", training[: T + 1].tolist())
+window = visible(tokenizer.decode(training[: T + 1].tolist()))
 for t in range(T):
-    context, target = tokenizer.decode(block[: t + 1].tolist()), vocabulary[block[t + 1]]
-    print(f"after {''.join(visible(context)):8} comes {visible(target)[0]}")
+    print(f"after {''.join(window[: t + 1]):8} comes {window[t + 1]}")
 
 # %% [markdown]
-# So the targets are the same characters, moved by one. `draw_batch` cuts `B` blocks at random
-# places and stacks them: a **batch**, `(B, T)` numbers. They are learned from at the same time, but
-# know nothing of each other.
+# A bigram model uses only the last character of each context. Later models use all of it, with the
+# same batches.
+#
+# A **batch** stacks `B` random windows. The inputs `idx` are the first `T` characters of each
+# window, and the `targets` are the last `T`: the same characters, shifted by one.
 
 # %%
 B = 4
-idx, targets = draw_batch(training, T, B, torch.Generator().manual_seed(1))
-print("idx", tuple(idx.shape), "and targets", tuple(targets.shape), "hold", B * T, "examples")
+idx, targets = draw_batch(training, T, B, torch.Generator().manual_seed(1))  # (B, T) each
+print(idx, targets, sep="\n")
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 2.6))
-for panel, numbers, title in zip(axes, (idx, targets), ("idx", "targets"), strict=True):
-    panel.imshow(numbers, cmap="cividis", alpha=0.25)
+colors = {("idx", 0, 4): BLUE, ("targets", 0, 4): ORANGE, ("idx", 0, 5): ORANGE}
+figure, panels = plt.subplots(1, 2, figsize=(8.5, 2.6))
+for panel, ids, name in zip(panels, (idx, targets), ("idx", "targets"), strict=True):
     for b in range(B):
-        for t, character in enumerate(visible(tokenizer.decode(numbers[b].tolist()))):
-            panel.text(t, b, character, ha="center", va="center", size=13)
-    panel.set(title=title, xlabel="t, place in the block", ylabel="b, which block")
-    panel.set_yticks(range(B))
+        for t, character in enumerate(visible(tokenizer.decode(ids[b].tolist()))):
+            color = colors.get((name, b, t), "black")
+            weight = "normal" if color == "black" else "bold"
+            panel.text(t, b, character, color=color, weight=weight, ha="center", va="center")
+    panel.set(title=name, xlabel="position t", ylabel="row b of the batch")
+    panel.set(xlim=(-0.5, T - 0.5), ylim=(B - 0.5, -0.5), xticks=range(T), yticks=range(B))
 plt.show()
 
 # %% [markdown]
-# Read a row on the left, then the same row on the right: one step ahead, everywhere.
+# At row 0, position 4, the model reads the blue character and should predict the orange one, which
+# is also its next input. This batch holds B · T = 32 predictions; its rows are independent.
+#
+# ### Exercise 1: cut a batch
+#
+# Write what `draw_batch` does after it has chosen where the windows start.
+
+
+# %% tags=["exercise"]
+def cut_batch(tokens: Tensor, starts: list[int], T: int) -> tuple[Tensor, Tensor]:
+    """Row b of idx has the T tokens from starts[b] on; targets are shifted by one."""
+    idx = ...  # (B, T); torch.stack makes one tensor from a list of rows
+    targets = ...  # (B, T)
+    return idx, targets
+
+
+# %% tags=["check"]
+@check
+def exercise_1() -> None:
+    tokens = torch.arange(100) * 3
+    idx, targets = map(given, given(cut_batch(tokens, [0, 50, 7], 5)))
+    assert tuple(idx.shape) == (3, 5), f"idx has the shape {tuple(idx.shape)}, not (3, 5)"
+    assert idx[1].tolist() == tokens[50:55].tolist(), "row 1 of idx has the wrong tokens"
+    assert tuple(targets.shape) == (3, 5), f"targets have the shape {tuple(targets.shape)}"
+    assert not torch.equal(targets, idx), "the targets equal the inputs"
+    assert targets.tolist() == (idx + 3).tolist(), "a target is not the token after its input"
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def cut_batch(tokens, starts, T):
+#     idx = torch.stack([tokens[i : i + T] for i in starts])
+#     targets = torch.stack([tokens[i + 1 : i + T + 1] for i in starts])
+#     return idx, targets
+# ```
+#
+# </details>
 #
 # ## A model by counting
 #
-# What follows a `q`? Count. A table with a row for each character and a column for the one after it
-# holds everything that a **bigram** model knows.
+# A **bigram** is a pair of neighboring characters. Their counts can predict: in `hello there`,
+# `e` follows `h` both times.
+#
+# For the whole text, the counts form a `V × V` table. Each row, divided by its sum, holds the
+# probabilities of the next character. Counts start at 1, so that a pair that never occurred is
+# unlikely, but not impossible.
 
 # %%
-pairs = torch.zeros(V, V)  # (V, V)
-for this, following in pairwise(training.tolist()):
-    pairs[this, following] += 1
-counted = (pairs + 1) / (pairs + 1).sum(dim=1, keepdim=True)  # (V, V)
-row = counted[number["q"]] if "q" in number else counted[0]
-for share, i in zip(*row.topk(3), strict=True):
-    print(f"after q comes {visible(vocabulary[i])[0]} with probability {share:.2f}")
+print(Counter(pairwise("hello there")).most_common(3))
+
+pairs = training[:-1] * V + training[1:]  # pair (i, j) has the number i * V + j
+counts = torch.bincount(pairs, minlength=V * V).view(V, V)
+counted = (counts + 1) / (counts + 1).sum(dim=1, keepdim=True)  # (V, V)
+for probability, i in zip(*counted[id_of["q"]].topk(3), strict=True):
+    print(f"after q comes {visible(vocabulary[i])[0]} with probability {probability:.3f}")
 
 # %% [markdown]
-# Each count begins at 1, so that no pair is impossible just because it has not been seen.
+# ## The loss
 #
-# How good is this table? A good model gives the character that really comes a high probability.
-# The usual measure is the **loss**: the mean of $-\ln p$ over a text, where $p$ is the probability
-# that the model gave to what came.
-#
-# $$\text{loss} = -\frac{1}{N} \sum_{i=1}^{N} \ln p(\text{next}_i \mid \text{this}_i)$$
+# A good model gives a high probability $p$ to the character that really comes next. The **loss** of
+# one prediction is $-\ln p$: 0 if the model was certain, and large if it thought the character
+# unlikely. Some predictions of the counted table:
 
 # %%
-counted_loss = -counted.log()[validation[:-1], validation[1:]].mean().item()
-print(f"counted table: {counted_loss:.3f} nats per character")
+losses = []
+for this, following in pairwise("the queen"):
+    p = counted[id_of[this], id_of[following]].item()
+    losses.append(-log(p))
+    print(f"{visible(this)[0]} → {visible(following)[0]}   p = {p:.3f}   -ln p = {-log(p):.2f}")
+print(f"mean loss {sum(losses) / len(losses):.2f}")
 
 # %% [markdown]
-# ## The same by gradient descent
+# The mean of $-\ln p$ over a text is the **cross-entropy**. The same number has three forms:
 #
-# A neural network never counts. It starts anywhere, sees how wrong it is, and changes its numbers a
-# little, again and again. For the bigram the numbers are a table of **logits**, scores that
-# `softmax` turns into probabilities. This is the model of `bigram.py`, line by line.
+# - **nats** per character, with the natural logarithm, as above;
+# - **bits** per character: nats / ln 2, about what a compressor that uses the model needs;
+# - **perplexity**: $e^{\text{loss}}$. The model is as uncertain as if it chose evenly among this
+#   many characters.
+#
+# Does the current character help? Compare the table with a model that knows only each character's
+# frequency.
 
 
 # %%
-@dataclass
-class Config:
-    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
-    block_size: int = 8  # T: context length, in characters
-    batch_size: int = 32  # B: sequences per training step
-    max_iters: int = 5000  # training steps
-    eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-2  # AdamW's step size
+def report(name: str, loss: float) -> None:
+    bits, perplexity = loss / log(2), exp(loss)
+    print(f"{name}: {loss:.2f} nats = {bits:.2f} bits per character, perplexity {perplexity:.1f}")
+
+
+frequency = (torch.bincount(training, minlength=V) + 1) / (len(training) + V)  # (V)
+report("frequencies only", -frequency.log()[validation[1:]].mean().item())
+counted_loss = -counted.log()[validation[:-1], validation[1:]].mean().item()  # of each pair
+report("counted bigrams ", counted_loss)
+
+# %% [markdown]
+# One character of context cuts the perplexity to less than half.
+#
+# ## Logits
+#
+# A neural network learns the table instead. Probabilities are awkward to learn, since they must be
+# positive and sum to 1. So the table holds **logits**, which can be any numbers, and **softmax**
+# turns them into probabilities: $p_i = e^{z_i} / \sum_j e^{z_j}$. With a vocabulary of three:
+
+# %%
+table = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, -1.0], [0.0, 0.0, 0.0]])  # (V, V)
+print(F.softmax(table, dim=-1))  # each row sums to 1
+
+small_idx = torch.tensor([[0, 1], [2, 0]])  # (B, T)
+small_targets = torch.tensor([[1, 0], [2, 1]])  # (B, T)
+small_logits = table[small_idx]  # (B, T, V): each id selects its row
+print(small_logits)
+
+# %% [markdown]
+# Each of the B · T positions is one prediction. `F.cross_entropy` expects the `V` logits in
+# dimension 1, where `(B, T, V)` has the time. So make a list of predictions: `flatten(0, 1)`
+# merges dimensions 0 and 1 into one.
+
+# %%
+rows, answers = small_logits.flatten(0, 1), small_targets.flatten()  # (B*T, V) and (B*T)
+print(rows.shape, answers)
+by_hand = -F.softmax(rows, dim=-1)[range(4), answers].log().mean()  # p of each target
+print(f"by hand {by_hand:.4f}, F.cross_entropy {F.cross_entropy(rows, answers):.4f}")
+
+# %% [markdown]
+# ## The model
+#
+# This is the model of `bigram.py`. `nn.Embedding` is a table of parameters whose rows are looked up
+# by id. Sampling calls `forward` without targets, and gets no loss.
 
 
 # %%
@@ -235,270 +281,434 @@ class Model(LanguageModel):
         return logits, loss
 
 
-# %% [markdown]
-# `nn.Embedding` is the table, and calling it looks up rows: `B` times `T` numbers go in, as many
-# rows of `V` logits come out. `F.cross_entropy` takes the softmax and the mean of $-\ln p$ in one.
-
-# %%
 config = Config(vocab_size=V)
 model = Model(config)
-idx, targets = draw_batch(training, config.block_size, config.batch_size, torch.Generator())
-logits, loss = model(idx, targets)
-print("idx", tuple(idx.shape), "-> logits", tuple(logits.shape))
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 # %% [markdown]
-# **Predict before you run the next cell:** nothing is learned yet, all logits are 0. What is the
-# loss? Think of the probability that each character gets.
+# **Predict before you run:** all logits are 0. What is the loss before training? Hint: which
+# probability does each of the `V` characters get?
 
 # %%
-print(f"loss before training {loss.item():.4f}")
-print(f"ln {V}                {torch.tensor(float(V)).log().item():.4f}")
+guess = ...  # nats per character; log(x) computes ln x
+
+# %% tags=["prediction"]
+reveal(guess, exact_loss(model, validation), within=0.05)  # the mean over the whole split
 
 # %% [markdown]
-# Equal logits mean equal probabilities, $1/V$ each, and $-\ln(1/V) = \ln V$. Whenever you train a
-# model, look at its first loss: much more than $\ln V$ means that it begins sure of wrong things.
+# Equal logits give each character the probability $1/V$, so the loss is $-\ln(1/V) = \ln V$. Every
+# new model should start near it, and **a bad first loss signals a bug**. Far above ln V, the
+# initial logits are too large, and the model is confident in wrong predictions. Far below, it
+# knows what a new model cannot know: look for targets that leak, or a wrong loss.
 #
-# ## Training
+# ## The gradient
 #
-# Four lines, the same to the last stage: predict, forget the old gradients, find the new ones, move
-# the numbers a little against them.
+# Training needs the **gradient**: how the loss changes with each logit. `backward` computes it. For
+# one prediction, with target 0:
 
 # %%
-torch.manual_seed(1)
-generator = torch.Generator().manual_seed(1)
-optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
-history, evaluations = [], []
-for step in range(steps(config.max_iters)):
-    if step % steps(config.eval_interval) == 0:
-        evaluations.append((step, exact_loss(model, validation)))
-    idx, targets = draw_batch(training, config.block_size, config.batch_size, generator)
-    logits, loss = model(idx, targets)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    history.append(loss.item())
-learned_loss = exact_loss(model, validation)
-evaluations.append((step + 1, learned_loss))
-print(f"validation loss: learned {learned_loss:.3f}, counted {counted_loss:.3f}")
-
-# %%
-figure, axes = plt.subplots(figsize=(8, 3.4))
-axes.plot(history, color=GREY, linewidth=0.5, alpha=0.6)
-axes.plot(*zip(*evaluations, strict=True), color=BLUE, marker="o", linewidth=2)
-axes.axhline(counted_loss, color=ORANGE, linestyle="--")
-axes.annotate(
-    "each batch", (len(history) * 0.75, max(history[len(history) // 2 :]) + 0.1), color=GREY
-)
-axes.annotate("validation", (len(history) * 0.12, 3.0), color=BLUE)
-axes.annotate(
-    "counted", (len(history) * 0.75, min(history[len(history) // 2 :]) - 0.12), color=ORANGE
-)
-axes.set(xlabel="training steps", ylabel="loss (nats per character)", ylim=(1.95, None))
-plt.show()
+logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)  # (1, V)
+F.cross_entropy(logits, torch.tensor([0])).backward()
+print("probabilities", F.softmax(logits, dim=-1).detach())
+print("gradient     ", logits.grad)
 
 # %% [markdown]
-# The grey line is noisy because a batch is a small sample. The blue one is exact: it is the mean
-# over the whole validation text. It comes down to the dashed line and stays: there is nothing more
-# to know about pairs.
+# ### Exercise 2: the gradient by hand
 #
-# ## Two roads, one table
-#
-# **Predict:** one table was counted, the other one never saw a count. How alike will they look?
-
-# %%
-learned = F.softmax(model.logit_table.weight.detach(), dim=-1)  # (V, V)
-common_ones = "\n abcdefghijklmnopqrstuvwxyz"
-shown = torch.tensor([number[character] for character in common_ones if character in number])
-labels = visible(tokenizer.decode(shown.tolist()))
-figure, axes = plt.subplots(1, 2, figsize=(11, 5.6))
-for panel, probabilities, title in zip(
-    axes, (counted, learned), ("counted", "learned"), strict=True
-):
-    heat_map(panel, probabilities[shown][:, shown], labels, labels, title, vmax=0.5)
-    panel.set(xlabel="next character", ylabel="this character")
-plt.show()
-
-# %% [markdown]
-# Bright is likely: after `q` comes `u`, after `d` and `y` a word often ends. The right table is the
-# left one, a little off where a character is rare, for what is seldom seen is seldom corrected:
-
-# %%
-seen = pairs.sum(dim=1) > 1000  # characters that occur often enough to compare
-difference = (counted - learned).abs().mean(dim=1)  # (V)
-print(
-    f"mean difference: frequent {difference[seen].mean():.4f}, rare {difference[~seen].mean():.4f}"
-)
-
-# %% [markdown]
-# ## Sampling
-#
-# To write, look up the row of the last character, draw the next one by its probabilities, append
-# it, and repeat.
-
-# %%
-generator = torch.Generator().manual_seed(1)
-numbers = [number["\n"]] if "\n" in number else [0]
-for _ in range(200):
-    logits, _ = model(torch.tensor([numbers[-1:]]))  # (1, 1, V)
-    probabilities = F.softmax(logits[0, -1], dim=-1)  # (V)
-    numbers.append(torch.multinomial(probabilities, 1, generator=generator).item())
-print(tokenizer.decode(numbers))
-
-# %% [markdown]
-# Hardly a word in there, but pairs that exist. `sample.py` does the same for every stage.
-#
-# ### Temperature
-#
-# Divide the logits by a **temperature** before the softmax. Below 1 the likely becomes likelier,
-# above 1 everything comes closer together.
-
-# %%
-row = model.logit_table.weight.detach()[number["t"]]  # (V)
-most_likely = row.topk(12).indices
-figure, axes = plt.subplots(figsize=(8, 3.2))
-for i, temperature in enumerate((0.5, 1.0, 2.0)):
-    probabilities = F.softmax(row / temperature, dim=-1)[most_likely]
-    axes.bar(torch.arange(12) + 0.27 * (i - 1), probabilities, 0.25, label=f"{temperature}")
-axes.set_xticks(range(12), visible(tokenizer.decode(most_likely.tolist())))
-axes.set(xlabel="the character after t", ylabel="probability")
-axes.legend(title="temperature", frameon=False)
-plt.show()
-
-# %% [markdown]
-# At 0.5 most draws take one of the two likeliest; at 2 anything may come. The order never changes.
-
-# %%
-for temperature in (0.3, 1.0, 2.0):
-    sample = generate(model, tokenizer, length=90, temperature=temperature)
-    print(f"temperature {temperature}: {''.join(visible(''.join(sample)))}")
-
-# %% [markdown]
-# ## The script
-#
-# `bigram.py` is the two classes above and this function, which it calls in its last line,
-# `cli(main)`. `Run` is everything around the training: it reads the flags, draws the batches,
-# evaluates, saves and shows the progress. The four lines that learn are in the script.
-
-
-# %%
-def main() -> None:
-    run = Run(Config)
-    model = Model(run.config).to(run.device)
-    # fused: one kernel updates all parameters
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    for idx, targets in run.batches(model, optimizer):  # (B, T) each; targets are shifted by one
-        logits, loss = model(idx, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        run.log(loss)
-    run.finish()
-
-
-# %% [markdown]
-# ## Exercises
-#
-# Fill in a cell, run it, then run the one below: it says whether the answer is right, or what is
-# off. A solution is folded under each.
-#
-# ### 1 · Cut a batch yourself
-#
-# Write what `draw_batch` does, for places that are given: row `b` of `idx` begins at `starts[b]`
-# and has `T` characters; `targets` are the same, one character later.
+# Compare the two rows above. Then write the gradient for `N` predictions without `backward`. The
+# loss is their mean.
 
 
 # %% tags=["exercise"]
-def cut_batch(tokens: Tensor, starts: list[int], T: int) -> tuple[Tensor, Tensor]: ...
-
-
-# %% tags=["check"]
-@check
-def exercise_1() -> None:
-    tokens = torch.arange(100) * 3
-    idx, targets = given(cut_batch(tokens, [0, 50, 7], 5))
-    assert tuple(idx.shape) == (3, 5), f"idx has the shape {tuple(idx.shape)}, not (3, 5)"
-    assert idx[1].tolist() == tokens[50:55].tolist(), "row 1 of idx begins at the wrong place"
-    assert not torch.equal(targets, idx), "the targets are the inputs: move them by one"
-    assert targets.tolist() == (idx + 3).tolist(), "a target is not the character that comes next"
-
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def cut_batch(tokens: Tensor, starts: list[int], T: int) -> tuple[Tensor, Tensor]:
-#     idx = torch.stack([tokens[start : start + T] for start in starts])
-#     targets = torch.stack([tokens[start + 1 : start + T + 1] for start in starts])
-#     return idx, targets
-# ```
-#
-# </details>
-#
-# ### 2 · Turn the temperature
-#
-# Return the probabilities of the next character at a temperature.
-
-
-# %% tags=["exercise"]
-def at_temperature(logits: Tensor, temperature: float) -> Tensor: ...
+def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of F.cross_entropy(logits, targets) with respect to the logits."""
+    N, V = logits.shape
+    ...  # probabilities: (N, V)
+    ...  # one_hot: (N, V), 1 at each row's target, else 0; F.one_hot makes it
+    return ...  # (N, V)
 
 
 # %% tags=["check"]
 @check
 def exercise_2() -> None:
-    logits = torch.tensor([0.0, 1.0, 3.0])
-    cold, hot = (given(at_temperature(logits, temperature)) for temperature in (0.5, 2.0))
-    assert torch.isclose(cold.sum(), torch.tensor(1.0)), "probabilities must add up to 1"
-    assert cold[2] > hot[2], "colder must make the likeliest likelier: divide, do not multiply"
-    ratio = (cold[2] / cold[1]).log().item()
-    assert abs(ratio - 4) < 1e-3, "the temperature belongs to the logits, before the softmax"
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 4, 2, 2, 1, 3])
+    F.cross_entropy(logits, targets).backward()
+    mine = given(cross_entropy_gradient(logits.detach(), targets))
+    assert mine.shape == logits.shape, f"its shape is {tuple(mine.shape)}, not (6, 5)"
+    row_sum = mine.sum(dim=-1).abs().max().item()
+    assert row_sum < 1e-12, f"a row sums to {row_sum:.3g}: in the example, what does it sum to?"
+    ratio = (mine / logits.grad).mean().item()
+    same = torch.allclose(mine, logits.grad * ratio, rtol=1e-9, atol=1e-12)
+    assert same, "it differs from autograd's; try it on the example above"
+    assert abs(ratio - 1) < 1e-9, f"each value is {ratio:.3g} times autograd's"
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def at_temperature(logits: Tensor, temperature: float) -> Tensor:
-#     return F.softmax(logits / temperature, dim=-1)
+# def cross_entropy_gradient(logits, targets):
+#     N, V = logits.shape
+#     probabilities = F.softmax(logits, dim=-1)
+#     one_hot = F.one_hot(targets, V)
+#     return (probabilities - one_hot) / N
 # ```
 #
 # </details>
 #
-# ### 3 · Look two characters back
+# Summed over the text, these differences cancel when each row's probabilities equal the text's
+# frequencies. So training should arrive at the counted table.
 #
-# A **trigram** table has a row for each pair. Count it on `tokens`, begin each count at
-# `smoothing`, and return the probabilities, `(V, V, V)`: first character, second, next.
+# ## Training
+#
+# Each step draws a batch, computes the loss, and moves the parameters a little against the
+# gradient. `zero_grad` clears the previous gradient, since `backward` adds to it. The
+# optimizer, AdamW, adapts the size of each parameter's step.
+#
+# Here are two models: one starts with zeros, the other as PyTorch initializes an embedding, from a
+# normal distribution with standard deviation 1.
+
+
+# %%
+def train(model: Model) -> list[tuple[int, float, float]]:
+    """At some steps: the step, the loss of its batch and then that of the validation split."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
+    count, history = steps(config.max_iters), []
+    evaluated = {round(count ** (i / 40)) for i in range(41)}  # evenly spaced on a log axis
+    for step in range(1, count + 1):
+        idx, targets = draw_batch(training, config.block_size, config.batch_size, generator)
+        logits, loss = model(idx, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in evaluated:
+            history.append((step, loss.item(), exact_loss(model, validation)))
+    return history
+
+
+default_model = Model(config)
+torch.manual_seed(1)
+nn.init.normal_(default_model.logit_table.weight)
+history, default_history = train(model), train(default_model)
+print(f"validation loss: learned {history[-1][2]:.3f}, counted {counted_loss:.3f}")
+
+# %%
+figure, axes = plt.subplots(figsize=(8.5, 3.6))
+pasts = {"zeros": (history, BLUE), "standard deviation 1": (default_history, ORANGE)}
+for start, (past, color) in pasts.items():
+    at, batch_losses, validation_losses = zip(*past, strict=True)
+    axes.plot(at, validation_losses, color=color, linewidth=2)
+    first = (at[0], validation_losses[0])
+    axes.annotate(f"start: {start}", first, (0, 6), textcoords="offset points", color=color)
+    if past is history:
+        axes.scatter(at, batch_losses, color=GRAY, s=12)
+        dot = (at[8], batch_losses[8])
+        axes.annotate("batches", dot, (0, -24), textcoords="offset points", color=GRAY)
+axes.axhline(counted_loss, color="black", linestyle="--", linewidth=1)
+axes.annotate("counted table", (1, counted_loss), (0, 5), textcoords="offset points")
+axes.set(xscale="log", xlabel="training steps (log scale)", ylabel="loss (nats per character)")
+axes.xaxis.set_major_formatter("{x:,.0f}")
+plt.show()
+
+# %% [markdown]
+# The dots scatter because a batch is a small sample; the lines are exact, over the whole
+# validation split. Late dots are mostly lower, since the table fits its training text better. The
+# model with random logits starts above ln V and has to unlearn them first.
+#
+# Learned and counted table end at nearly the same loss. Do they also look alike?
+
+# %%
+learned = F.softmax(model.logit_table.weight.detach(), dim=-1)  # (V, V)
+shown = torch.tensor(tokenizer.encode("\n acdefghilmnoqrstuvy"))  # few enough to label
+labels = visible(tokenizer.decode(shown.tolist()))
+figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.9))
+for panel, values, title in zip(panels, (counted, learned), ("counted", "learned"), strict=True):
+    heat_map(panel, values[shown][:, shown], labels, labels, title, vmin=0, vmax=0.5)
+    panel.set(xlabel="next character", ylabel="current character")
+    panel.tick_params(labelsize=9)
+figure.colorbar(panels[0].images[0], ax=panels, label="probability", extend="max", shrink=0.8)
+plt.show()
+
+difference = (counted - learned).abs().mean(dim=1)  # (V)
+frequent = counts.sum(dim=1) > 1000
+print(f"mean difference: {difference[frequent].mean():.4f} in the rows of frequent characters")
+print(f"                 {difference[~frequent].mean():.4f} in those of rare ones")
+
+# %% [markdown]
+# In both, `u` follows `q`. They differ most for rare characters, which get few updates.
+#
+# ## Sampling
+#
+# To write a text, sample the next character from its probabilities, append it, and repeat. A
+# **temperature** divides the logits before softmax. Below 1, likely characters become likelier;
+# above 1, the probabilities move closer together. One step after a `t`:
+
+# %%
+logits = model.logit_table.weight.detach()[id_of["t"]]  # (V)
+order = logits.argsort(descending=True)  # (V): ids, the most likely first
+names = visible(tokenizer.decode(order.tolist()))
+
+figure, panels = plt.subplots(1, 3, figsize=(8.5, 2.6), sharey=True)
+for panel, temperature in zip(panels, (0.5, 1.0, 2.0), strict=True):
+    probabilities = F.softmax(logits[order].double() / temperature, dim=0)  # (V), in float64
+    generator = torch.Generator().manual_seed(1)
+    picks = torch.multinomial(probabilities, 20, replacement=True, generator=generator)
+    print(f"temperature {temperature}: t is followed by", " ".join(names[pick] for pick in picks))
+    panel.bar(range(10), probabilities[:10])
+    panel.set_xticks(range(10), names[:10])
+    panel.set(title=f"temperature {temperature}", xlabel="character after t")
+panels[0].set_ylabel("probability")
+plt.show()
+
+# %% [markdown]
+# ### Exercise 3: write `generate`
+#
+# Turn the step above into a loop, sampling one character at a time. Sort and use float64 as above,
+# like `common.py`: then the same generator gives the same characters.
 
 
 # %% tags=["exercise"]
-def trigram_table(tokens: Tensor, V: int, smoothing: float) -> Tensor: ...
+@torch.inference_mode()
+def generate(
+    model: Model, ids: list[int], length: int, temperature: float, generator: torch.Generator
+) -> list[int]:
+    """The ids and, after them, `length` sampled ones."""
+    ids = list(ids)
+    for _ in range(length):
+        ...  # idx: (1, T), the last model.block_size ids
+        ...  # logits: (V), those of the last position; the model returns (logits, loss)
+        ...  # sort, softmax, sample one, append its id
+    return ...
 
 
 # %% tags=["check"]
 @check
 def exercise_3() -> None:
-    table = given(trigram_table(training, V, 0.1))
-    assert tuple(table.shape) == (V, V, V), f"its shape is {tuple(table.shape)}"
-    sums = table.sum(dim=-1)
-    assert torch.allclose(sums, torch.ones(V, V), atol=1e-4), "each row must add up to 1"
-    chosen = table[validation[:-2], validation[1:-1], validation[2:]]
-    loss = -chosen.log().mean().item()
-    assert loss < counted_loss, f"its loss is {loss:.3f}, worse than that of pairs: wrong order?"
-    print(f"pairs {counted_loss:.3f}, triples {loss:.3f} nats per character")
+    torch.manual_seed(2)
+    random_model, start = Model(config), [3, 1]
+    nn.init.normal_(random_model.logit_table.weight)
+    for temperature in (1.0, 0.5):
+        generator = torch.Generator().manual_seed(7)
+        mine = given(generate(random_model, start, 50, temperature, generator))
+        generator = torch.Generator().manual_seed(7)
+        theirs = start + [*islice(random_model.generate(start, temperature, None, generator), 50)]
+        assert len(mine) == 52, f"{len(mine)} ids came back, not the 2 given and 50 new ones"
+        wrong = [i for i in range(52) if mine[i] != theirs[i]]
+        where = f"ids {mine[:5]}…, not {theirs[:5]}…"
+        assert not wrong or temperature == 1, f"right at temperature 1, but at 0.5 {where}"
+        assert not wrong, f"{where}: sorted, in float64, and back to an id?"
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def trigram_table(tokens: Tensor, V: int, smoothing: float) -> Tensor:
-#     places = (tokens[:-2] * V + tokens[1:-1]) * V + tokens[2:]
-#     counts = torch.bincount(places, minlength=V**3).view(V, V, V) + smoothing
-#     return counts / counts.sum(dim=-1, keepdim=True)
+# @torch.inference_mode()
+# def generate(model, ids, length, temperature, generator):
+#     ids = list(ids)
+#     for _ in range(length):
+#         idx = torch.tensor([ids[-model.block_size :]])
+#         logits = model(idx)[0][0, -1]
+#         order = logits.argsort(descending=True)
+#         probabilities = F.softmax(logits[order].double() / temperature, dim=0)
+#         pick = torch.multinomial(probabilities, 1, generator=generator)
+#         ids.append(order[pick].item())
+#     return ids
 # ```
 #
-# Already V³ numbers, most of them never seen. Four characters back it would be V⁵: counting ends
-# here. [The next notebook](02_self_attention.ipynb) looks back as far as the block reaches, without
-# a table.
+# </details>
+#
+# **Predict before you run:** at temperature 0, `LanguageModel.generate` always takes the most
+# likely character. How many different ones are among the 100 that follow a space?
+
+# %%
+guess = ...  # a number from 1 to 100
+
+
+# %% tags=["prediction"]
+def write(start: str, length: int, temperature: float) -> str:
+    generator = torch.Generator().manual_seed(1)
+    ids = model.generate(tokenizer.encode(start), temperature, None, generator)
+    return tokenizer.decode(islice(ids, length))
+
+
+greedy = write(" ", 100, temperature=0)
+reveal(guess, len(set(greedy)))
+print(greedy)
+
+# %% [markdown]
+# The model sees only the last character, and always continues it in the same way. So the text
+# loops. Sampling avoids that:
+
+# %%
+for temperature in (0.5, 1.0, 2.0):
+    print(f"--- temperature {temperature}\n{write(' ', 150, temperature)}\n")
+
+# %% [markdown]
+# ## Larger tokens: byte-pair encoding
+#
+# Real models such as GPT-2 read larger tokens, made by **byte-pair encoding** (BPE). It starts
+# with the 256 possible bytes. Then it repeats: find the most frequent pair of neighbors, and
+# replace it with a new id.
+
+
+# %%
+def merge(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
+    """Replace every occurrence of the pair with the new id."""
+    merged, i = [], 0
+    while i < len(ids):
+        found = tuple(ids[i : i + 2]) == pair
+        merged.append(new_id if found else ids[i])
+        i += 2 if found else 1
+    return merged
+
+
+ids = list(b"the thin thing")
+print(len(ids), ids)
+pair, count = Counter(pairwise(ids)).most_common(1)[0]
+print(f"the pair {pair} = {bytes(pair).decode()!r} occurs {count} times")
+ids = merge(ids, pair, 256)
+print(len(ids), ids)
+
+# %% [markdown]
+# ### Exercise 4: a BPE tokenizer
+#
+# Write training, encoding and decoding. Decoding must return exactly the text that was encoded.
+
+
+# %% tags=["exercise"]
+def train_merges(ids: list[int], count: int) -> dict[tuple[int, int], int]:
+    """From each merged pair to its new id, in the order in which they were learned."""
+    merges = {}
+    for _ in range(count):
+        ...  # find the most frequent pair
+        ...  # give it the id 256 + len(merges), and replace it in ids
+    return merges or ...
+
+
+def encode(text: str, merges: dict[tuple[int, int], int]) -> list[int]:
+    ...  # start with the bytes, list(text.encode())
+    ...  # apply the merges
+    return ...
+
+
+def decode(ids: list[int], merges: dict[tuple[int, int], int]) -> str:
+    ...  # collect the bytes of each id: bytes([i]) below 256, then those of the merged ones
+    return ...  # join the bytes of all ids, and call decode() on them
+
+
+# %% tags=["check"]
+@check
+def exercise_4() -> None:
+    start = list(text[:20_000].encode())
+    merges = given(train_merges(list(start), 20))
+    assert len(merges) == 20, f"{len(merges)} different pairs, not 20: do ids change in the loop?"
+    ids, tokens = start, {i: bytes([i]) for i in range(256)}
+    for i, ((a, b), new_id) in enumerate(merges.items(), 256):
+        assert new_id == i, f"the id {new_id} should be {i}"
+        pairs = Counter(pairwise(ids))
+        assert pairs[a, b] == max(pairs.values()), f"the pair of id {i} is not the most frequent"
+        ids, tokens[i] = merge(ids, (a, b), i), tokens[a] + tokens[b]
+    learned = "  ".join("".join(visible(tokens[i].decode())) for i in merges.values())
+    print(f"Training works: {len(start):,} bytes become {len(ids):,} tokens. New: {learned}")
+
+    small = {(97, 97): 256, (97, 98): 257, (256, 257): 258}  # aa, ab, aaab
+    ids, expected = given(encode("aaabdaaabac", small)), [258, 100, 258, 97, 99]
+    assert ids == expected, f"with the merges {small}, aaabdaaabac became {ids}, not {expected}"
+    for example in ("aaabdaaabac", "aab aaaab", "", "Zoë → 😀"):
+        back = given(decode(encode(example, small), small))
+        assert back == example, f"{example!r} came back as {back!r}"
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def train_merges(ids, count):
+#     merges = {}
+#     for _ in range(count):
+#         pair = Counter(pairwise(ids)).most_common(1)[0][0]
+#         merges[pair] = 256 + len(merges)
+#         ids = merge(ids, pair, merges[pair])
+#     return merges
+#
+#
+# def encode(text, merges):
+#     ids = list(text.encode())
+#     for pair, new_id in merges.items():
+#         ids = merge(ids, pair, new_id)
+#     return ids
+#
+#
+# def decode(ids, merges):
+#     token = {i: bytes([i]) for i in range(256)}
+#     for (a, b), new_id in merges.items():
+#         token[new_id] = token[a] + token[b]
+#     return b"".join(token[i] for i in ids).decode()
+# ```
 #
 # </details>
+#
+# GPT-2 has 50,257 tokens. This course stays with characters, so that tables are small enough to
+# look at.
+#
+# ## The script
+#
+# `bigram.py` has this `Model`, the `Config` that you imported, and a `main` with the training
+# lines. `Run` does the rest: command line, evaluation, checkpoints, a sample. Try `python
+# bigram.py`.
+#
+# `git diff --no-index bigram.py self_attention.py` shows the next step. Embeddings, an attention
+# head and a linear layer replace the table, and the learning rate is lower. `main` stays the same.
+
+# %% [markdown]
+# ## Quiz
+#
+# **1.** `idx` has the shape (32, 8). How many predictions does the loss average?
+#
+# <details><summary>Answer</summary>
+# 32 · 8 = 256: every position predicts its next character.
+# </details>
+#
+# **2.** With V = 65, a new model starts at a loss of 9. Another starts at 1. What do you suspect?
+#
+# <details><summary>Answer</summary>
+# ln 65 is about 4.17. At 9, the initial logits are too large. At 1, targets leak into the model, or
+# the loss is wrong.
+# </details>
+#
+# **3.** What are 2.48 nats per character in bits, and as perplexity?
+#
+# <details><summary>Answer</summary>
+# 2.48 / ln 2 ≈ 3.58 bits; e^2.48 ≈ 12.
+# </details>
+#
+# **4.** Why does temperature divide the logits and not the probabilities?
+#
+# <details><summary>Answer</summary>
+# Dividing all probabilities by the same number and normalizing again changes nothing.
+# </details>
+#
+# **5.** Why not count what follows each context of eight characters?
+#
+# <details><summary>Answer</summary>
+# The table would have 65⁸ ≈ 3 · 10¹⁴ rows. The text has a million characters, so nearly all stay
+# empty.
+# </details>
+
+# %% [markdown]
+# ## Papers
+#
+# - Shannon, [Prediction and Entropy of Printed
+#   English](https://doi.org/10.1002/j.1538-7305.1951.tb01366.x), 1951
+# - Bengio et al., [A Neural Probabilistic Language
+#   Model](https://www.jmlr.org/papers/v3/bengio03a.html), 2003
+# - Sennrich et al., [Neural Machine Translation of Rare Words with Subword
+#   Units](https://arxiv.org/abs/1508.07909), 2016 (BPE)
+# - Holtzman et al., [The Curious Case of Neural Text
+#   Degeneration](https://arxiv.org/abs/1904.09751), 2020 (sampling)
+#
+# **Next →** [02_self_attention](02_self_attention.ipynb)

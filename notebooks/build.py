@@ -18,6 +18,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 HERE = Path(__file__).resolve().parent
+WHERE = {"resources": {"metadata": {"path": HERE}}}
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb)"
@@ -50,7 +51,7 @@ def source(name: str, address: str) -> NotebookNode:
 def main() -> None:
     for name in sys.argv[1:] or sorted(path.stem for path in HERE.glob("0*.py")):
         notebook = source(name, repository())
-        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": HERE}}).execute()
+        NotebookClient(notebook, timeout=900, coalesce_streams=True, **WHERE).execute()
         for cell in notebook.cells:
             tags = cell.metadata.get("tags", [])
             cell.metadata = {"tags": tags} if tags else {}

@@ -66,7 +66,7 @@ def test_a_notebook_runs_in_the_browser(browser, server, tmp_path):
 
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) >= 3
     pictures = page.locator(".jp-OutputArea img")
     pictures.last.scroll_into_view_if_needed()
     assert pictures.last.evaluate("picture => picture.naturalWidth") > 200
