@@ -1,5 +1,12 @@
 # Typical wrong answers to the exercises, by number: each must be caught.
 # %% 1
+def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
+    output = attention.heads[h](x)
+    D = output.shape[-1]
+    return output @ attention.out_proj.weight[h * D : (h + 1) * D]
+
+
+# %% 2
 def split_heads(x: Tensor, H: int) -> Tensor:
     B, T, C = x.shape
     return x.view(B, H, T, C // H)
@@ -10,27 +17,22 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.reshape(B, T, H * D)
 
 
-# %% 2
-def count_numbers(C: int, H: int) -> int:
-    return H * 3 * C * C + C * C + C
-
-
 # %% 3
-def take_head(matrix: Tensor, h: int, H: int) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = matrix.view(H, 3, -1, matrix.shape[1])[h]
-    return query, key, value
+def ov_circuit(model: Model, h: int, x: Tensor) -> Tensor:
+    _, _, value, output = matrices(model, h)
+    return model.lm_head(x @ value.T @ output.T + model.attention.out_proj.bias)
 
 
 # %% 4
-class HeadsAtOnce(nn.Module):
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        super().__init__()
-        self.query, self.key, self.value = query, key, value
+def qk_circuit(model: Model, h: int, t: int, s: int) -> Tensor:
+    query, key, _, _ = matrices(model, h)
+    token, position = model.token_embedding.weight, model.position_embedding.weight
+    return (token + position[t]) @ query.T @ key @ (token + position[s]).T
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        query, key, value = x[:, None] @ self.query, x[:, None] @ self.key, x[:, None] @ self.value
-        scores = query @ key.transpose(2, 3) * C**-0.5
-        mask = torch.ones(T, T, dtype=torch.bool).tril()
-        weights = F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
-        return (weights @ value).transpose(1, 2).flatten(2)
+
+# %% 5
+def without_head(model: Model, h: int) -> Model:
+    ablated = deepcopy(model)
+    with torch.no_grad():
+        ablated.attention.out_proj.weight[h * D : (h + 1) * D] = 0
+    return ablated
