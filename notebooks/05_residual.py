@@ -14,128 +14,118 @@
 # %% [markdown]
 # # 5 · Residual connections
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/character-gpt/course/blob/main/notebooks/05_residual.ipynb)
+# **Goal:** stack blocks of attention and feed-forward, and find out why a deep stack trains well
+# only when each sublayer *adds* its output to its input. Allow about 45 minutes.
 #
-# Attention and feed-forward, as in [the notebook before](04_feed_forward.ipynb), become a
-# **block**, and blocks are stacked. That works only with a small trick: each part adds its result
-# to its input instead of replacing it. After this notebook you can
+# ![The model: three blocks, each with two skip connections](../results/diagrams/residual.svg)
 #
-# - say what goes wrong in a deep stack without the additions, and show it in two learning curves;
-# - explain why a sum lets the gradient through, and measure how much of it arrives in each block;
-# - read the residual stream: what each part writes to it, and what the model would say if it
-#   stopped there;
-# - take a trained model apart, block by block, and say what each is worth.
+# `feed_forward.py`, with one layer of each kind, reaches a loss of about 2.20 nats per character.
+# Three blocks with skip connections reach about 2.08; three blocks without them end near 2.29,
+# worse than where we started.
 
 # %%
-# In Colab this fetches the course. Everywhere it lets Python find the scripts.
-import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
-    subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
-    os.chdir("course/notebooks")
 sys.path.insert(0, "..")
 
-# %%
 from dataclasses import dataclass
-from typing import Annotated
 
-from trainer import Divides, Run
+import feed_forward
 from common import LanguageModel, Tokenizer, draw_batch
-from sample import generate
+from feed_forward import FeedForward, MultiHeadAttention
 from trainer.corpus import open_corpus
 from trainer.evaluate import exact_loss
 
 import torch
-from lesson import BLUE, GREEN, GREY, ORANGE, check, given, heat_map, plt, steps, visible
+from lesson import BLUE, GRAY, GREEN, ORANGE, PINK, check, given, plt, reveal, steps, visible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %%
 corpus = open_corpus(None)
-training, validation = corpus.train, corpus.validation
-validation = validation[: len(validation) // 4]
+training = corpus.train
+validation = corpus.validation[: len(corpus.validation) // 4]  # a quarter: many models to evaluate
 tokenizer = Tokenizer(corpus.vocabulary)
 V = len(corpus.vocabulary)
-print(f"{V} characters, {len(training):,} to train on, {len(validation):,} to validate with")
 
 # %% [markdown]
-# Six models will be trained and evaluated often, so a quarter of the validation text has to do.
+# ## Replace or add
 #
-# ## A block, and a stack of them
+# A layer $f$ usually replaces its input: the next layer sees only $f(x)$. A **skip connection**
+# carries the input past the layer and adds it: $x + f(x)$. Here are both, with a layer whose
+# weights are still small.
+
+# %%
+x = torch.tensor([1.0, -2.0, 3.0])
+weight = torch.tensor([[0.1, 0.0, 0.1], [0.0, 0.1, 0.0], [0.1, -0.1, 0.0]])
+replaced, added = x, x
+for layer in (1, 2):
+    replaced = weight @ replaced
+    added = added + weight @ added
+    print(f"after layer {layer}:  replaced {replaced.numpy().round(3)}", end="")
+    print(f"  added {added.numpy().round(2)}")
+
+# %% [markdown]
+# After two layers, almost nothing is left of the replaced vector. The added one is still close to
+# its input.
 #
-# Two settings are new. `n_layer` says how many blocks there are, `residual` whether they add. A
-# course model adds; the switch is there so that you can see what happens otherwise.
+# A **block** has two **sublayers**, attention and feed-forward. Each gets its own skip connection.
+#
+# ### Exercise 1: a block
+#
+# Write the forward pass of a block, given its two sublayers as functions.
+
+
+# %% tags=["exercise"]
+def block_forward(x: Tensor, attention: nn.Module, feed_forward: nn.Module) -> Tensor:
+    """The block's output: first attention, then feed-forward, each with a skip connection."""
+    ...  # the stream after attention
+    return ...  # the stream after feed-forward
+
+
+# %% tags=["check"]
+@check
+def exercise_1() -> None:
+    one = torch.ones(1)
+    y = given(block_forward(one, lambda x: 10 * x, lambda x: 100 * x)).item()
+    hints = {
+        1000: "no input is carried past anything",
+        1001: "there is a single skip connection; a block has two",
+        1010: "the input of attention is lost",
+        1011: "feed-forward does not read what is in the stream after attention",
+        1100: "the input of feed-forward is lost",
+        1101: "what attention wrote is lost",
+        111: "feed-forward cannot see what attention has found out",
+        1112: "the block's input is counted twice",
+    }
+    hint = hints.get(round(y), "draw the two sublayers with their arrows, as in the diagram")
+    assert round(y) == 1111, f"with 10x and 100x as sublayers, 1 becomes {y:g}, not 1111: {hint}"
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def block_forward(x: Tensor, attention: nn.Module, feed_forward: nn.Module) -> Tensor:
+#     after_attention = x + attention(x)
+#     after_feed_forward = after_attention + feed_forward(after_attention)
+#     return after_feed_forward
+# ```
+#
+# </details>
+#
+# ## The model
+#
+# Attention and feed-forward come from `feed_forward.py`. The configuration gets two new fields;
+# `residual=False` shows what happens without skip connections.
 
 
 # %%
 @dataclass
-class Config:
-    vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
-    block_size: int = 8  # T: context length, in characters
-    n_embd: int = 32  # C: embedding dimension (channels per character)
-    n_head: Annotated[int, Divides("n_embd")] = 4  # H: attention heads, each of size D = C/H
+class Config(feed_forward.Config):
     n_layer: int = 3  # number of blocks
     residual: bool = True  # skip connections around attention and feed-forward
-    batch_size: int = 32  # B: sequences per training step
-    max_iters: int = 5000  # training steps
-    eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # AdamW's step size; bigram.py's 1e-2 is too large for deep models
 
 
-# %% [markdown]
-# Attention and the feed-forward network are those of the last stages.
-
-
-# %%
-class MultiHeadAttention(nn.Module):
-    """Causal self-attention, all heads at once: the heads are one more batch dimension."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        # No biases: a key bias cancels in softmax, and out_proj's bias absorbs a value bias.
-        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
-        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)
-        self.register_buffer("causal_mask", mask, persistent=False)  # a constant: not saved
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        x = self.qkv_proj(x)  # (B, T, 3*C)
-        x = x.view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        # The variance of q·k grows with D; dividing by √D keeps softmax from saturating.
-        scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, H, T, T)
-        scores = scores.masked_fill(~self.causal_mask[:T, :T], float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # attention weights: each row sums to 1
-        x = weights @ value  # (B, H, T, D)
-        x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.out_proj(x)
-
-
-# %%
-class FeedForward(nn.Module):
-    """An MLP that processes each position separately."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.up_proj(x))  # (B, T, 4*C)
-        return self.down_proj(x)  # (B, T, C)
-
-
-# %% [markdown]
-# Here is the new idea, in two lines of `forward`. Both parts return vectors of `C` channels, the
-# same shape that they were given. So results can be added to inputs, and the output of one block
-# can be the input of the next.
-
-
-# %%
 class Block(nn.Module):
     """Attention, then feed-forward; each adds its output to the residual stream."""
 
@@ -154,7 +144,8 @@ class Block(nn.Module):
 
 
 # %% [markdown]
-# And the model: where there was one attention and one feed-forward, there are `n_layer` blocks.
+# A block returns the shape that it reads, `(B, T, C)`, so blocks can be stacked with
+# `nn.Sequential`. Skip connections add no parameters.
 
 
 # %%
@@ -183,677 +174,646 @@ class Model(LanguageModel):
 
 
 # %% [markdown]
-# An addition has no weights. Both kinds of model have the same numbers to learn.
-
-# %%
-for residual in (True, False):
-    model = Model(Config(vocab_size=V, residual=residual))
-    print(f"residual={residual!s:5}: {sum(p.numel() for p in model.parameters()):,} weights")
-
-# %% [markdown]
-# What does an addition do to a vector? Take a fresh block and look at one position: 32 channels go
-# in and 32 come out.
-
-# %%
-torch.manual_seed(1)
-config = Config(vocab_size=V)
-block, x = Block(config), torch.randn(1, 8, config.n_embd)  # x (B, T, C)
-added = block(x)
-block.residual = False
-replaced = block(x)
-figure, axes = plt.subplots(figsize=(8, 3))
-for values, colour in ((x, GREY), (added, BLUE), (replaced, ORANGE)):
-    axes.plot(values[0, -1].detach(), color=colour, marker="o", markersize=4)
-for height, label, colour in (
-    (1, "input", GREY),
-    (0.92, "added", BLUE),
-    (0.84, "replaced", ORANGE),
-):
-    axes.text(1.01, height, label, color=colour, transform=axes.transAxes, va="top")
-axes.set(xlabel="channel", ylabel="value at the last position")
-plt.show()
-
-# %% [markdown]
-# Blue stays close to grey: a fresh block that adds passes its input on and changes it a little.
-# Orange is almost flat: what a fresh block puts in its input's place is small, and most of what the
-# input said is gone.
+# ## Depth, with and without skip connections
 #
-# ## Depth without additions
+# Train six models: one, three and six blocks, with and without skip connections. Seed and batches
+# are the same for all.
 #
-# The training lines are those of every stage. They are in a function here, because six models are
-# to be trained: one, three and six blocks, with and without additions.
+# **Predict before you run:** without skip connections, one block ends near 2.4. Where do six blocks
+# end? (A model that knows only how frequent each character is would have a loss of about 3.3.)
 
 
 # %%
-def train(config: Config) -> tuple[Model, list[tuple[int, float]]]:
-    torch.manual_seed(1)
-    generator = torch.Generator().manual_seed(1)
-    model = Model(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
-    evaluations = []
-    for step in range(steps(1500)):
-        if step % steps(150) == 0:
-            evaluations.append((step, exact_loss(model, validation)))
-        idx, targets = draw_batch(training, config.block_size, config.batch_size, generator)
-        logits, loss = model(idx, targets)
+def train(model: Model, count: int, seed: int = 1) -> float:
+    """Train for `count` steps and return the validation loss."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    for _ in range(count):
+        idx, targets = draw_batch(training, model.block_size, 32, generator)
+        _, loss = model(idx, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    evaluations.append((step + 1, exact_loss(model, validation)))
-    return model, evaluations
+    return exact_loss(model, validation)
 
 
-# %% [markdown]
-# **Predict before you run the next cell:** two models of three blocks, the same weights at the
-# start, the same batches. One adds, one replaces. Which begins with the lower loss, which ends with
-# the lower one, and how far apart?
+guess = ...  # nats per character
 
-# %%
-trained, curves = {}, {}
+# %% tags=["prediction"]
+depths, trained, loss_of = (1, 3, 6), {}, {}
 for residual in (True, False):
-    trained[3, residual], curves[3, residual] = train(Config(vocab_size=V, residual=residual))
-    (_, first), *_, (_, last) = curves[3, residual]
-    print(f"residual={residual!s:5}: first {first:.3f}, last {last:.3f}")
-
-# %% [markdown]
-# To judge these numbers: what would a model reach that has not looked at any context, and only
-# knows how often each character occurs?
-
-# %%
-counts = torch.bincount(training.long(), minlength=V) + 1
-frequency_loss = -(counts / counts.sum()).log()[validation.long()].mean().item()
-print(f"frequencies alone: {frequency_loss:.3f} nats per character")
+    for n_layer in depths:
+        torch.manual_seed(1)
+        model = Model(Config(vocab_size=V, n_layer=n_layer, residual=residual))
+        loss_of[residual, n_layer] = train(model, steps(1000))
+        trained[residual, n_layer] = model
+reveal(guess, loss_of[False, 6], within=0.3)
 
 # %%
-figure, axes = plt.subplots(figsize=(8, 3.4))
-for residual, colour, label in ((True, BLUE, "added"), (False, ORANGE, "replaced")):
-    axes.plot(*zip(*curves[3, residual], strict=True), color=colour, marker="o", linewidth=2)
-    at, height = curves[3, residual][-1]
-    axes.text(at * 1.02, height, label, color=colour, va="center")
-axes.axhline(frequency_loss, color=GREY, linestyle="--")
-axes.text(at, frequency_loss + 0.05, "frequencies alone", color=GREY, ha="right")
-axes.set(xlabel="training steps", ylabel="validation loss (nats per character)")
-plt.show()
-
-# %% [markdown]
-# The orange curve gets a little below the dashed line and then hardly moves for hundreds of steps,
-# before it finds more. The blue one is far below it by then. At the start blue was the worse of the
-# two: its logits are larger, because everything adds up, and it is sure of wrong things.
-#
-# **Predict:** a single block, and six. Does depth help where blocks add? Where they replace?
-
-# %%
-for n_layer in (1, 6):
-    for residual in (True, False):
-        config = Config(vocab_size=V, n_layer=n_layer, residual=residual)
-        trained[n_layer, residual], curves[n_layer, residual] = train(config)
-depths = (1, 3, 6)
-print("blocks      " + "".join(f"{n_layer:8}" for n_layer in depths))
-for residual, label in ((True, "added"), (False, "replaced")):
-    losses = [curves[n_layer, residual][-1][1] for n_layer in depths]
-    print(f"{label:12}" + "".join(f"{loss:8.3f}" for loss in losses))
-
-# %%
-figure, axes = plt.subplots(figsize=(6, 3.4))
-for residual, colour, label in ((True, BLUE, "added"), (False, ORANGE, "replaced")):
-    losses = [curves[n_layer, residual][-1][1] for n_layer in depths]
-    axes.plot(depths, losses, color=colour, marker="o", linewidth=2)
-    axes.text(6.15, losses[-1], label, color=colour, va="center")
-axes.axhline(frequency_loss, color=GREY, linestyle="--")
-axes.text(1, frequency_loss + 0.04, "frequencies alone", color=GREY)
+counts = torch.bincount(training, minlength=V) + 1
+frequency_loss = -(counts / counts.sum()).log()[validation].mean().item()  # no context at all
+figure, axes = plt.subplots(figsize=(7, 3.4))
+print("blocks   ", *(f"{n_layer:5}" for n_layer in depths))
+for residual, color, label in ((True, BLUE, "skips"), (False, ORANGE, "no skips")):
+    values = [loss_of[residual, n_layer] for n_layer in depths]
+    axes.plot(depths, values, color=color, marker="o")
+    axes.text(6.15, values[-1], label, color=color, va="center")
+    print(f"{label:9}", *(f"{value:.3f}" for value in values))
+axes.axhline(frequency_loss, color=GRAY, linestyle="--")
+axes.text(1, frequency_loss - 0.02, "character frequencies only", color=GRAY, va="top")
 axes.set_xticks(depths)
-axes.set(xlabel="blocks", ylabel="loss after the training")
+axes.set(xlabel="blocks", ylabel="validation loss (nats per character)")
 plt.show()
 
 # %% [markdown]
-# Blue falls with depth, orange rises: six blocks that replace have learnt little more than the
-# frequencies. It is not that they have too few weights, for they have the same number as the six
-# that add. They do not find good values for them.
+# With skip connections, the loss falls with depth. Without them it rises: six blocks end closer to
+# the character frequencies than to a single block. They have more parameters, but training does not
+# find good values for them.
 #
-# ## The gradient on its way down
+# ## The direct path of the gradient
 #
-# A weight learns from its gradient, and the gradient begins at the loss. To reach the first block
-# it has to come through all the others. Measure what arrives, before the first step.
-
-
-# %%
-def gradient_by_block(config: Config) -> list[float]:
-    torch.manual_seed(1)
-    model = Model(config)
-    generator = torch.Generator().manual_seed(1)
-    idx, targets = draw_batch(training, config.block_size, 256, generator)
-    _, loss = model(idx, targets)
-    loss.backward()
-    squares = [[p.grad.square().sum() for p in block.parameters()] for block in model.blocks]
-    return [sum(each).sqrt().item() for each in squares]
-
-
-# %% [markdown]
-# **Predict:** three, six and twelve blocks, none of them trained. How much smaller than in the last
-# block is the gradient in the first?
-
-# %%
-figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, width_ratios=(3, 4.5, 8))
-for panel, n_layer in zip(axes, (3, 6, 12), strict=True):
-    for residual, colour in ((True, BLUE), (False, ORANGE)):
-        sizes = gradient_by_block(Config(vocab_size=V, n_layer=n_layer, residual=residual))
-        panel.semilogy(range(1, n_layer + 1), sizes, color=colour, marker="o")
-        label = "added" if residual else "replaced"
-        print(f"{n_layer:2} blocks, {label:8}: first {sizes[0]:.1e}, last {sizes[-1]:.1e}")
-    panel.set_xticks(range(1, n_layer + 1))
-    panel.set(title=f"{n_layer} blocks", xlabel="block")
-    panel.grid(axis="y", alpha=0.3)
-axes[2].text(6, 30, "added", color=BLUE)
-axes[2].text(6, 1e-10, "replaced", color=ORANGE)
-axes[0].set(ylabel="size of the gradient", ylim=(1e-15, 1e4))
-plt.show()
-
-# %% [markdown]
-# The axis is logarithmic: a straight line is a factor per block. Where parts replace, each block
-# passes on about a tenth of the gradient, and with twelve blocks the first gets next to nothing.
-# Where they add, all blocks get about the same.
-#
-# ### Why: a sum lets the gradient through
-#
-# Begin with the smallest sum there is.
-
-# %%
-a = torch.tensor(2.0, requires_grad=True)
-b = torch.tensor(3.0, requires_grad=True)
-(a + b).backward()
-print(f"gradient of a + b: {a.grad.item()} for a, {b.grad.item()} for b")
-
-# %% [markdown]
-# Each summand gets the whole gradient. So in $x + f(x)$ it goes two ways: through $f$, and past it.
+# Compare the derivatives of both kinds of layer:
 #
 # $$\frac{d}{dx}\, f(x) = f'(x) \qquad \frac{d}{dx}\, \bigl(x + f(x)\bigr) = 1 + f'(x)$$
 #
-# A chain of blocks multiplies what its links have. If all slopes $f'$ are 0.1 and there are twelve:
+# The 1 is a direct path around $f$. A stack multiplies the derivatives of its layers. With twelve
+# sublayers of slope 0.1:
 
 # %%
-for residual, label in ((True, "added"), (False, "replaced")):
+for residual in (False, True):
     start = x = torch.tensor(1.0, requires_grad=True)
     for _ in range(12):
         x = x + 0.1 * x if residual else 0.1 * x
     x.backward()
-    print(f"{label:8}: {start.grad.item():.3g}")
+    print(f"residual={residual!s:5}  gradient at the input: {start.grad.item():.3g}")
 
 # %% [markdown]
-# These are $1.1^{12}$ and $0.1^{12}$. Multiply out two links and you see where the gradient goes:
+# These are $0.1^{12}$ and $1.1^{12}$. Multiply out two layers to see the paths:
 #
 # $$(1 + f_1')(1 + f_2') = 1 + f_1' + f_2' + f_1' f_2'$$
 #
-# Four ways through two links: past both, through one, through the other, through both. Without
-# additions only the last is there, the smallest. Twelve blocks have 24 parts, and $2^{24}$ ways;
-# one of them, the 1, meets no weight at all. With vectors a slope is a matrix and the 1 is the
-# identity, but the sum is the same.
+# The gradient goes around both layers, through one of them, or through both. Without skip
+# connections only the last path exists.
 #
-# ### The same on the way up
+# ### Exercise 2: the gradient by hand
 #
-# AdamW divides each gradient by its usual size. Does that not mend small gradients? In part, down
-# to a floor of $10^{-8}$. But the way forward has the same links. Ask how much the vectors still
-# differ between places of the text: a model that gives all places the same vector cannot give them
-# different predictions. (In 64-bit numbers, as 32 bits would round the smallest differences away.)
-
-
-# %%
-def embed(model: Model, idx: Tensor) -> Tensor:
-    positions = torch.arange(idx.shape[1])  # (T)
-    return model.token_embedding(idx) + model.position_embedding(positions)  # (B, T, C)
-
-
-@torch.no_grad()
-def spread_by_block(config: Config) -> list[float]:
-    torch.manual_seed(1)
-    model = Model(config).double()
-    idx, _ = draw_batch(training, config.block_size, 256, torch.Generator().manual_seed(1))
-    x = embed(model, idx)  # (B, T, C)
-    spreads = []
-    for block in [nn.Identity(), *model.blocks]:
-        x = block(x)  # (B, T, C)
-        spreads.append((x - x.mean(dim=(0, 1))).norm(dim=-1).mean().item())
-    return spreads
-
-
-# %%
-figure, axes = plt.subplots(figsize=(8, 3.4))
-for residual, colour, label in ((True, BLUE, "added"), (False, ORANGE, "replaced")):
-    spreads = spread_by_block(Config(vocab_size=V, n_layer=12, residual=residual))
-    axes.semilogy(spreads, color=colour, marker="o")
-    axes.text(12.3, spreads[-1], label, color=colour, va="center")
-    print(f"{label:8}: embedding {spreads[0]:.1e}, after block 12 {spreads[-1]:.1e}")
-axes.set_xticks(range(13), ["in", *range(1, 13)])
-axes.set(xlabel="after block", ylabel="distance from the mean vector")
-axes.grid(axis="y", alpha=0.3)
-plt.show()
-
-# %% [markdown]
-# Where parts replace, the differences between places shrink block by block until hardly anything is
-# left: whatever the text says, nearly the same vector comes out at the top. From there a model can
-# learn little more than the frequencies, and for long the orange curve did just that. An optimizer
-# can enlarge a gradient, but not bring back what the vectors no longer say.
-#
-# Blue grows a little instead, since every part adds. In a very deep model this becomes a problem of
-# its own, and [the next notebook](06_layer_norm.ipynb) deals with it.
-#
-# ## The residual stream
-#
-# Look at the model of additions in another way. From the embedding to `lm_head` there is one
-# vector per position, the **stream**. A part reads it, works out something and writes that back, as
-# a sum. Nothing is ever replaced:
-#
-# $$x_\text{last} = x_\text{embedding} + \text{attention}_1 + \text{feed-forward}_1 + \dots$$
-#
-# From here on we look at the trained model of six blocks. This function notes all that is written
-# and the stream after each writing.
-
-
-# %%
-@torch.no_grad()
-def read_stream(model: Model, idx: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    x = embed(model, idx)  # (B, T, C)
-    written, stream = [x], [x]
-    for block in model.blocks:
-        for part in (block.attention, block.feed_forward):
-            written.append(part(x))  # (B, T, C)
-            x = x + written[-1]  # (B, T, C)
-            stream.append(x)
-    return written, stream
-
-
-# %%
-model = trained[6, True].eval()
-n_layer = len(model.blocks)
-idx, targets = draw_batch(validation, 8, 2000, torch.Generator().manual_seed(1))
-written, stream = read_stream(model, idx)
-logits, _ = model(idx)  # (B, T, V)
-names = ["embedding"]
-names += [f"{part} {i}" for i in range(1, n_layer + 1) for part in ("attention", "feed-forward")]
-difference = (model.lm_head(sum(written)) - logits).abs().max().item()
-print(f"{len(written)} summands; their sum gives the logits of the model: {difference < 1e-3}")
-
-# %% [markdown]
-# How much does each write? The size of a vector is its length, here the mean over all positions.
-
-# %%
-sizes = [x.norm(dim=-1).mean().item() for x in written]
-stream_sizes = [x.norm(dim=-1).mean().item() for x in stream]
-kinds = [GREY] + [BLUE, GREEN] * n_layer
-figure, axes = plt.subplots(figsize=(9, 3.8))
-axes.bar(range(len(sizes)), sizes, color=kinds)
-axes.plot(stream_sizes, color=ORANGE, marker="o")
-axes.text(len(sizes) - 0.7, stream_sizes[-1], "the stream\nso far", color=ORANGE, va="center")
-for place, (label, colour) in enumerate((("attention", BLUE), ("feed-forward", GREEN))):
-    axes.text(0, max(stream_sizes) * (0.95 - 0.09 * place), f"■ {label}", color=colour)
-middles = [0] + [2 * i + 1.5 for i in range(n_layer)]
-axes.set_xticks(middles, ["embedding"] + [f"block {i + 1}" for i in range(n_layer)])
-axes.tick_params(axis="x", length=0)
-axes.set(xlabel="written by", ylabel="mean length")
-plt.show()
-
-# %% [markdown]
-# No part outweighs the rest: apart from the embedding, each bar is less than half of the line above
-# it. The last blocks write the most, and the stream grows with them, but by less than the length of
-# what is added: the vectors point in different directions, and a part may also take away.
-#
-# ## If the model stopped here
-#
-# `lm_head` reads the last stream. Since all streams have the same channels, it can also read an
-# earlier one: what would the model say if it stopped here? This is called the **logit lens**.
-#
-# **Predict:** draw the loss by depth, from the bare embedding to the last block. Does it fall
-# evenly?
-
-# %%
-with torch.no_grad():
-    lens = [model.lm_head(x) for x in stream]  # (B, T, V) each
-lens_losses = [F.cross_entropy(each.flatten(0, 1), targets.flatten()).item() for each in lens]
-figure, axes = plt.subplots(figsize=(9, 3.6))
-axes.plot(lens_losses, color=ORANGE, linewidth=1.5)
-axes.scatter(range(len(lens_losses)), lens_losses, color=kinds, zorder=3, s=45)
-axes.axhline(frequency_loss, color=GREY, linestyle="--")
-axes.text(len(names) - 1, frequency_loss + 0.05, "frequencies alone", color=GREY, ha="right")
-axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
-axes.set(xlabel="read after", ylabel="loss (nats per character)")
-plt.show()
-for name, loss in zip(names, lens_losses, strict=True):
-    print(f"{name:14} {loss:.3f}")
-
-# %% [markdown]
-# It falls step by step, and no single part does the work. At the bottom it is worse than the
-# frequencies alone: the embedding says what *is* there, and `lm_head` was only ever trained to
-# read the top. Most feed-forwards (green) bring it down by more than the attention (blue) before
-# them, but they can only work on what the attention has fetched.
-#
-# The same for one position: the place among all these where the model has gained most on the way
-# from the bottom to the top.
-
-# %%
-right = [F.log_softmax(each, dim=-1).gather(2, targets[..., None])[..., 0] for each in lens]
-gain = right[-1] - right[0]  # (B, T)
-row, place = divmod(gain.argmax().item(), gain.shape[1])
-context = tokenizer.decode(idx[row, : place + 1].tolist())
-print("context:", "".join(visible(context)))
-print("next:   ", visible(tokenizer.decode([targets[row, place].item()]))[0])
-
-# %%
-top = [F.softmax(each[row, place], dim=-1).topk(5) for each in lens]
-shades = torch.stack([values for values, _ in top])  # (13, 5)
-figure, axes = plt.subplots(figsize=(7, 5.6))
-axes.imshow(shades, cmap="cividis", aspect="auto", vmin=0, vmax=1)
-for depth, (values, indices) in enumerate(top):
-    labels = visible(tokenizer.decode(indices.tolist()))
-    for i, (value, label) in enumerate(zip(values.tolist(), labels, strict=True)):
-        ink = "white" if value < 0.5 else "black"
-        axes.text(i, depth, f"{label}   {value:.2f}", color=ink, ha="center", va="center")
-axes.set_yticks(range(len(names)), names)
-axes.set_xticks(range(5), ["1st", "2nd", "3rd", "4th", "5th"])
-axes.set(xlabel="most likely next character", ylabel="read after")
-axes.tick_params(length=0)
-plt.show()
-
-# %% [markdown]
-# At the bottom no character stands out. Further up some guess takes the lead, often another one
-# than at the end, and only the last blocks settle on what is right. You see the model change its
-# mind, one addition after the other.
-#
-# ### Who voted for it
-#
-# `lm_head` is a matrix, and a matrix times a sum is the sum of the products. So the logits, too,
-# are a sum, with one summand for each part: its vote. Only differences between logits count, so the
-# mean over the vocabulary is taken off each vote.
-
-# %%
-with torch.no_grad():
-    votes = torch.stack([model.lm_head(x[row, place]) for x in written])  # (13, V)
-votes = votes - votes.mean(dim=-1, keepdim=True)
-candidates = votes.sum(dim=0).topk(8).indices
-labels = visible(tokenizer.decode(candidates.tolist()))
-shown = votes[:, candidates]  # (13, 8)
-limit = shown.abs().max().item()
-figure, axes = plt.subplots(figsize=(7, 5.6))
-heat_map(axes, shown, names, labels, cmap="PuOr", vmin=-limit, vmax=limit)
-axes.set_aspect("auto")
-for depth in range(len(names)):
-    for i in range(len(labels)):
-        ink = "white" if shown[depth, i].abs() > 0.6 * limit else "black"
-        vote = round(shown[depth, i].item(), 1) + 0.0  # no -0.0
-        axes.text(i, depth, f"{vote:+.1f}", color=ink, ha="center", va="center", fontsize=9)
-axes.set(xlabel="next character, the likeliest on the left", ylabel="written by")
-plt.show()
-
-# %% [markdown]
-# Violet is a vote for the character, orange one against it. A column adds up to the character's
-# logit, up to a constant. Most votes here are for, since only the eight winners are shown; the
-# losers would be orange. No part decides alone: the first column is a sum of many votes.
-#
-# ## Take a block out
-#
-# A block that adds can be left out: the stream goes past it, and the others read what is there.
-#
-# **Predict:** which of the six blocks does the model miss most? And what happens to a model that
-# replaces, the one of three blocks, when one is taken out?
-
-
-# %%
-def losses_without(model: Model) -> list[float]:
-    blocks = model.blocks
-    losses = []
-    for missing in range(len(blocks)):
-        rest = [block for i, block in enumerate(blocks) if i != missing]
-        model.blocks = nn.Sequential(*rest)
-        losses.append(exact_loss(model, validation))
-    model.blocks = blocks
-    return losses
-
-
-# %%
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, width_ratios=(2, 1))
-for panel, key, colour in ((axes[0], (6, True), BLUE), (axes[1], (3, False), ORANGE)):
-    whole = curves[key][-1][1]
-    losses = losses_without(trained[key])
-    panel.bar(range(1, len(losses) + 1), losses, color=colour)
-    panel.axhline(whole, color="black", linewidth=1)
-    panel.text(len(losses) + 0.8, whole, "whole", va="center")
-    panel.set_xlim(0.3, len(losses) + 0.7)
-    panel.axhline(frequency_loss, color=GREY, linestyle="--")
-    panel.set_xticks(range(1, len(losses) + 1))
-    kind = "added" if key[1] else "replaced"
-    panel.set(xlabel="block taken out", title=f"{key[0]} blocks, {kind}")
-    print(f"{kind:8}: whole {whole:.2f}, without one", *[f"{loss:.2f}" for loss in losses])
-axes[0].text(0.6, frequency_loss + 0.08, "frequencies alone", color=GREY)
-axes[0].set(ylabel="validation loss")
-plt.show()
-
-# %% [markdown]
-# Where blocks add, each is missed, and none badly: the rest still read a stream that is much like
-# the one they know. Where blocks replace, every block speaks a language that only the next one
-# knows. Take one out and the model is worse than the frequencies alone.
-#
-# ## A sample
-#
-# Six blocks, with and without additions.
-
-# %%
-for residual, label in ((True, "added"), (False, "replaced")):
-    sample = "".join(generate(trained[6, residual], tokenizer, length=200))
-    print(f"--- {label} ---\n{sample}\n")
-
-# %% [markdown]
-# The first makes up words. The second draws characters about as often as they occur in the text,
-# and has noticed little else; perhaps that capitals stand beside capitals.
-
-# %% [markdown]
-# ## The script
-#
-# `residual.py` is the classes above and the same `main` as before.
-# `python residual.py --no-residual` trains the model without additions.
-
-
-# %%
-def main() -> None:
-    run = Run(Config)
-    model = Model(run.config).to(run.device)
-    # fused: one kernel updates all parameters
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.learning_rate, fused=True)
-    for idx, targets in run.batches(model, optimizer):  # (B, T) each; targets are shifted by one
-        logits, loss = model(idx, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        run.log(loss)
-    run.finish()
-
-
-# %% [markdown]
-# ## Exercises
-#
-# Fill in a cell, run it, then run the one below: it says whether the answer is right, or what is
-# off. A solution is folded under each.
-#
-# ### 1 · The two additions
-#
-# Write what a block does with its input, given its two parts as functions.
+# For vectors, slopes become matrices and the 1 becomes the identity. The sublayer is a small MLP,
+# $f(x) = W_2\, \mathrm{relu}(W_1 x)$, and $y = x + f(x)$. Given `upstream`, the gradient
+# $\partial L / \partial y$, compute $\partial L / \partial x$ without autograd.
 
 
 # %% tags=["exercise"]
-def block_forward(x: Tensor, attention: nn.Module, feed_forward: nn.Module) -> Tensor: ...
-
-
-# %% tags=["check"]
-@check
-def exercise_1() -> None:
-    one = torch.ones(1)
-    y = given(block_forward(one, lambda x: 10 * x, lambda x: 100 * x)).item()
-    hints = {
-        1000: "nothing is added",
-        1001: "there is one addition, after both parts: each part needs its own",
-        1010: "the attention replaces x: its result must be added to x",
-        1011: "the feed-forward reads the attention's result alone: it must read the sum",
-        1101: "add to what the attention has left in the stream, not to its input alone",
-        111: "the feed-forward reads the old x: it must see what the attention has added",
-        1100: "the feed-forward replaces: its result must be added to what it read",
-        1110: "the first x is lost: add it before the feed-forward",
-        1112: "x is added twice: after the attention it is already in the sum",
-    }
-    wrong = hints.get(round(y), "x, then x + attention(x) for x, then the same with feed_forward")
-    assert round(y) == 1111, f"1 becomes {y:g}, not 1111: {wrong}"
-    block = Block(Config())
-    x = torch.randn(2, 8, 32)  # (B, T, C)
-    y = block_forward(x, block.attention, block.feed_forward)
-    assert torch.allclose(y, block(x), atol=1e-5), "a real block gives another result"
-
-
-# %% [markdown]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def block_forward(x: Tensor, attention: nn.Module, feed_forward: nn.Module) -> Tensor:
-#     x = x + attention(x)
-#     x = x + feed_forward(x)
-#     return x
-# ```
-#
-# </details>
-#
-# ### 2 · The gradient through a chain
-#
-# A chain of links, whose slopes $f'$ are given. A gradient of 1 comes in at the top. How much of it
-# reaches the input?
-
-
-# %% tags=["exercise"]
-def gradient_at_input(slopes: Tensor, residual: bool) -> Tensor: ...
+def gradient_at_input(x: Tensor, w1: Tensor, w2: Tensor, upstream: Tensor) -> Tensor:
+    """dL/dx for y = x + w2 @ relu(w1 @ x)."""
+    ...  # the gradient at the ReLU's output
+    ...  # the gradient at the ReLU's input
+    return ...  # the gradient at x
 
 
 # %% tags=["check"]
 @check
 def exercise_2() -> None:
-    for slopes in (torch.tensor([0.5]), torch.tensor([0.1, -0.3, 0.2]), torch.full((12,), 0.1)):
-        for residual in (False, True):
-            start = x = torch.ones(1, requires_grad=True)
-            for slope in slopes:
-                x = x + slope * x if residual else slope * x
-            x.backward()
-            found = float(given(gradient_at_input(slopes, residual)))
-            expected = start.grad.item()
-            hint = "each link has its own 1: multiply the (1 + f')" if residual else "multiply"
-            assert abs(found - expected) <= 1e-4 * abs(expected), (
-                f"slopes {[round(s, 2) for s in slopes.tolist()]}, residual={residual}: "
-                f"{found:.4g}, but autograd finds {expected:.4g}: {hint}"
-            )
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((4,), (6, 4), (4, 6), (4,))
+    x, w1, w2, upstream = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    found = given(gradient_at_input(x, w1, w2, upstream))
+    assert found.shape == x.shape, f"x has shape (4,), your gradient {tuple(found.shape)}"
+    x.requires_grad_()
+    (x + w2 @ F.relu(w1 @ x)).backward(upstream)
+    wrong = {
+        "one of the two paths is missing": x.grad - upstream,
+        "this is the direct path alone": upstream,
+        "not every hidden unit passes the gradient on": upstream + w1.T @ w2.T @ upstream,
+    }
+    for hint, value in wrong.items():
+        assert not torch.allclose(found, value), hint
+    error = (found - x.grad).abs().max().item()
+    assert error < 1e-9, f"off by {error:.2g} from autograd: go back through the layers one by one"
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def gradient_at_input(slopes: Tensor, residual: bool) -> Tensor:
-#     return (1 + slopes if residual else slopes).prod()
+# def gradient_at_input(x: Tensor, w1: Tensor, w2: Tensor, upstream: Tensor) -> Tensor:
+#     at_hidden = w2.T @ upstream
+#     at_hidden_input = at_hidden * (w1 @ x > 0)
+#     return upstream + w1.T @ at_hidden_input
 # ```
 #
 # </details>
 #
-# ### 3 · Who wrote the last stream
+# ## Why the gradient vanishes here
 #
-# `written` is a list of the summands, `(B, T, C)` each. Return the share of each in their sum, so
-# that all shares add up to 1. Lengths do not serve: they do not add up, since one part may undo
-# what another wrote. What adds up is the component along the sum: the dot product of a summand with
-# the sum, divided by the dot product of the sum with itself (both over all positions and channels).
+# Where do small slopes come from? PyTorch initializes the weights of `nn.Linear` with variance
+# $1/(3 \cdot \text{fan\_in})$, where **fan_in** is the number of inputs. An output sums fan_in
+# products, so its variance is a third of the input's. ReLU zeroes half of the values, which halves
+# the mean square. In each block, a signal passes four linear layers and one ReLU:
+
+# %%
+torch.manual_seed(1)
+C = 32
+layers = {
+    "value projection": nn.Linear(C, C, bias=False),
+    "out_proj": nn.Linear(C, C, bias=False),
+    "up_proj": nn.Linear(C, 4 * C, bias=False),
+    "ReLU": nn.ReLU(),
+    "down_proj": nn.Linear(4 * C, C, bias=False),
+}
+x, expected = torch.randn(1000, C), 1.0  # 1,000 vectors with standard deviation 1
+for name, layer in layers.items():
+    x = layer(x)
+    expected *= (1 / 2 if name == "ReLU" else 1 / 3) ** 0.5
+    print(f"after {name:16}  RMS {x.square().mean().sqrt():.3f}  expected {expected:.3f}")
+
+# %% [markdown]
+# The expected factor per block is $(1/\sqrt3)^4 / \sqrt2 \approx 0.08$. The gradient goes back
+# through the same matrices and shrinks by the same factor.
+#
+# **Predict before you run:** in a stack of twelve blocks without skip connections, the gradient
+# crosses eleven blocks on its way from the last to the first. By which power of ten does it shrink?
+
+
+# %%
+def gradient_by_block(model: Model) -> Tensor:
+    """The norm of the gradient of each block's parameters, on one batch."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    idx, targets = draw_batch(training, model.block_size, 256, generator)
+    _, loss = model(idx, targets)
+    loss.backward()
+    return torch.stack(
+        [torch.cat([p.grad.flatten() for p in block.parameters()]).norm() for block in model.blocks]
+    )
+
+
+torch.manual_seed(1)
+default_gradient = gradient_by_block(Model(Config(vocab_size=V, n_layer=12, residual=False)))
+guess = ...  # such as -3 for a thousandth
+
+# %% tags=["prediction"]
+reveal(guess, (default_gradient[0] / default_gradient[-1]).log10(), within=1.5)
+
+# %% [markdown]
+# ### Exercise 3: a gain-corrected stack
+#
+# The factor by which a layer scales the RMS is its **gain**. He et al. (2015) choose the variance
+# such that the signal keeps its RMS: $2/\text{fan\_in}$ for a layer that reads the output of a
+# ReLU, $1/\text{fan\_in}$ otherwise, and biases of 0. Initialize the four linear layers of each
+# block like this.
 
 
 # %% tags=["exercise"]
-def shares(written: list[Tensor]) -> Tensor: ...
+@torch.no_grad()
+def gain_corrected(model: Model) -> Model:
+    """Initialize the four linear layers of each block in model.blocks; return the model."""
+    ...  # qkv_proj and out_proj of block.attention, up_proj and down_proj of block.feed_forward
+    ...  # sample each weight with the right variance; set the bias to 0 where there is one
+    return ...
 
 
 # %% tags=["check"]
 @check
 def exercise_3() -> None:
-    parts = [torch.tensor([[[3.0, 1.0]]]), torch.tensor([[[1.0, -1.0]]]), torch.zeros(1, 1, 2)]
-    found = given(shares(parts))
-    assert tuple(found.shape) == (3,), f"three summands, but the shape is {tuple(found.shape)}"
-    total = found.sum().item()
-    assert abs(total - 1) < 1e-4, (
-        f"the shares add up to {total:.2f}, not 1: use dot products with the sum, not lengths"
+    torch.manual_seed(1)
+    model = given(gain_corrected(Model(Config(vocab_size=V, n_layer=12, residual=False))))
+    gradient = gradient_by_block(model)
+    ratio = (gradient[0] / gradient[-1]).item()
+    assert 0.1 < ratio < 10, (
+        f"the first block's gradient is {ratio:.2g} times the last block's, which is not within "
+        "10x: does each of the four layers keep the RMS of what it reads?"
     )
-    assert torch.allclose(found, torch.tensor([0.75, 0.25, 0.0])), f"{found} for {parts}"
-    of_parts = shares(written)
-    for i in range(n_layer):
-        print(f"block {i + 1}: {of_parts[2 * i + 1 : 2 * i + 3].sum():.2f} of the last stream")
-    print(f"embedding: {of_parts[0]:.2f}")
+    for name, layer in model.blocks[-1].named_modules():
+        if isinstance(layer, nn.Linear):
+            rms = 2**0.5 if name == "feed_forward.down_proj" else 1.0
+            found = (layer.weight.var() * layer.in_features).sqrt().item()
+            assert abs(found / rms - 1) < 0.1, f"{name} starts with the wrong variance"
+            assert layer.bias is None or not layer.bias.any(), f"{name}.bias is not 0"
+    print(f"first block / last block: {ratio:.2f}")
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def shares(written: list[Tensor]) -> Tensor:
-#     parts = torch.stack(written)  # (parts, B, T, C)
-#     total = parts.sum(dim=0)  # (B, T, C)
-#     return (parts * total).sum(dim=(1, 2, 3)) / total.square().sum()
+# @torch.no_grad()
+# def gain_corrected(model: Model) -> Model:
+#     for block in model.blocks:
+#         for layer in (
+#             block.attention.qkv_proj,
+#             block.attention.out_proj,
+#             block.feed_forward.up_proj,
+#             block.feed_forward.down_proj,
+#         ):
+#             after_relu = layer is block.feed_forward.down_proj
+#             variance = (2 if after_relu else 1) / layer.in_features
+#             layer.weight.normal_(0, variance**0.5)
+#             if layer.bias is not None:
+#                 layer.bias.zero_()
+#     return model
 # ```
 #
 # </details>
 #
-# ### 4 · A gate that starts closed
+# PyTorch has this as `kaiming_normal_`. Here are all three stacks.
+
+# %%
+KINDS = {"skips": BLUE, "no skips, default": ORANGE, "no skips, gain-corrected": GREEN}
+
+
+def new_model(kind: str, n_layer: int, seed: int = 1) -> Model:
+    torch.manual_seed(seed)
+    model = Model(Config(vocab_size=V, n_layer=n_layer, residual=kind == "skips"))
+    if kind == "no skips, gain-corrected":
+        for name, layer in model.blocks.named_modules():
+            if isinstance(layer, nn.Linear):
+                after = "relu" if name.endswith("down_proj") else "linear"
+                nn.init.kaiming_normal_(layer.weight, nonlinearity=after)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+    return model
+
+
+figure, axes = plt.subplots(figsize=(8, 3.4))
+for kind, color in KINDS.items():
+    gradient = gradient_by_block(new_model(kind, 12))
+    axes.semilogy(range(1, 13), gradient, color=color, marker="o")
+    per_block = (gradient[0] / gradient[-1]).item() ** (1 / 11)
+    print(f"{kind:26} first block {gradient[0]:.1e}, last {gradient[-1]:.1e}", end="")
+    print(f", mean factor per block {per_block:.2f}")
+axes.text(8.2, default_gradient[7], "no skips, default", color=ORANGE, va="top")
+axes.text(12.3, gradient[-1] * 2, "no skips,\ngain-corrected", color=GREEN)
+axes.text(12.3, gradient[-1] / 2, "skips", color=BLUE, va="top")
+axes.set_xticks(range(1, 13))
+axes.set(xlabel="block", ylabel="gradient norm")
+plt.show()
+
+# %% [markdown]
+# With the default initialization, the mean factor per block is the one that the four linear layers
+# and the ReLU predict. With gain correction, the gradient in the first block is about as large as
+# in the last, without any skip connection. So the gradient vanishes here because of the default
+# initialization. (AdamW rescales small gradients. But the signal shrinks by the same factor on its
+# way forward, and nothing rescales that.)
 #
-# Let a block begin as if it were not there: $x + g \cdot f(x)$, where $g$ is one number that is
-# learnt and starts at 0. Fill in both places.
+# Does the gain-corrected stack train as well as the one with skip connections? Train all three
+# briefly, with three blocks and five seeds. Runs with the same seed see the same batches.
+#
+# **Predict before you run:** how many percent of the difference between the default stack and the
+# stack with skip connections does gain correction remove?
+
+# %%
+guess = ...  # percent
+
+# %% tags=["prediction"]
+seeds = range(1, 6)
+losses = {
+    kind: torch.tensor([train(new_model(kind, 3, seed), steps(500), seed) for seed in seeds])
+    for kind in KINDS
+}
+skips, default, corrected = (each.mean().item() for each in losses.values())
+reveal(guess, 100 * (default - corrected) / (default - skips), within=10)
+
+
+# %%
+def show_losses(losses: dict[str, Tensor]) -> None:
+    """One point per seed, one row per kind of model."""
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(losses)))
+    for row, (kind, values) in enumerate(losses.items()):
+        axes.plot(values, [row] * len(values), "o", color=KINDS.get(kind, PINK), alpha=0.7)
+        print(
+            f"{kind:{max(map(len, losses))}}",
+            *(f"{loss:.3f}" for loss in values),
+            f"  mean {values.mean():.3f}",
+        )
+    axes.set_yticks(range(len(losses)), losses)
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
+    axes.set(xlabel="validation loss (nats per character), one point per seed")
+    plt.show()
+
+
+show_losses(losses)
+
+# %% [markdown]
+# Gain correction removes more than half of the difference. A part remains: with every seed, the
+# stack with skip connections is ahead. (This holds for 500 steps at one learning rate.) He et al.
+# (2015), too, saw deep stacks without skip connections train worse although their gradients had
+# healthy norms. They thought vanishing gradients unlikely to be the cause.
+#
+# ### Exercise 4: a paired comparison
+#
+# Is what remains more than chance? `a[i]` and `b[i]` are the losses of two models with the same
+# seed. Compare them pair by pair: the mean $m$ of the differences `b - a`, its standard error
+# $s = \text{std} / \sqrt{n}$, and the 95% interval $m \pm t \cdot s$. Five seeds leave four degrees
+# of freedom, and then $t = 2.776$.
 
 
 # %% tags=["exercise"]
-class Gated(nn.Module):
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-        self.gate = ...
-
-    def forward(self, x: Tensor) -> Tensor: ...
+def paired_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """The mean difference b - a, and the lower and upper end of its 95% interval."""
+    ...  # the differences and their mean
+    ...  # the standard error
+    return ...  # mean, lower end, upper end
 
 
 # %% tags=["check"]
 @check
 def exercise_4() -> None:
-    torch.manual_seed(1)
-    gated = Gated(FeedForward(Config()))
-    given(gated.gate)
-    x = torch.randn(2, 8, 32)  # (B, T, C)
-    y = given(gated(x))
-    assert torch.equal(y, x), "at the start it must give back its input: is the gate 0?"
-    assert "gate" in dict(gated.named_parameters()), (
-        "an optimizer would not find the gate: make it an nn.Parameter"
+    a = torch.tensor([2.0, 2.1, 2.2, 2.3, 2.4])
+    b = a + torch.tensor([0.09, 0.11, 0.10, 0.12, 0.08])
+    mean, low, high = (float(each) for each in given(paired_interval(a, b)))
+    assert abs(mean - 0.1) < 1e-5, f"b is 0.1 above a on average; your mean is {mean:.3f}"
+    assert abs((low + high) / 2 - mean) < 1e-5, "the mean must be in the middle of the interval"
+    width, expected = high - low, 0.0392637
+    hints = {
+        5**0.5: "this is for one difference, not for the mean of five",
+        0.8**0.5: "the standard deviation of a sample divides by n - 1",
+        1 / 2.776: "this is the standard error, not yet the 95% interval",
+        1.96 / 2.776: "1.96 is for many runs, not for five",
+    }
+    for factor, hint in hints.items():
+        assert abs(width - factor * expected) > 1e-4, hint
+    assert width < 2 * expected, (
+        f"{width:.3f} wide: the seed's own effect should cancel in each pair"
     )
-    assert gated.gate.numel() == 1, f"the gate has {gated.gate.numel()} numbers, not one"
-    y.square().sum().backward()
-    gradient = gated.gate.grad
-    assert gradient is not None and gradient.abs().item() > 0, "the gate gets no gradient"
-    with torch.no_grad():
-        gated.gate.fill_(0.5)
-        assert torch.allclose(gated(x), x + 0.5 * gated.part(x), atol=1e-5), (
-            "with an open gate it must be x + g * f(x): only f(x) goes through the gate"
-        )
-    print(f"gradient at the start: gate {gradient.item():.2f}, ", end="")
-    print(f"part {gated.part.down_proj.weight.grad.abs().max().item():.2f}")
+    assert abs(width - expected) < 1e-4, f"the interval is {width:.4f} wide; check each factor"
+    for kind in list(KINDS)[1:]:
+        mean, low, high = paired_interval(losses["skips"], losses[kind])
+        print(f"{kind:25} {mean:+.3f} nats against skips, 95% interval {low:+.3f} to {high:+.3f}")
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# class Gated(nn.Module):
-#     def __init__(self, part: nn.Module) -> None:
-#         super().__init__()
-#         self.part = part
-#         self.gate = nn.Parameter(torch.zeros(1))
-#
-#     def forward(self, x: Tensor) -> Tensor:
-#         return x + self.gate * self.part(x)
+# def paired_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+#     differences = b - a
+#     mean = differences.mean().item()
+#     standard_error = differences.std().item() / len(differences) ** 0.5
+#     margin = 2.776 * standard_error
+#     return mean, mean - margin, mean + margin
 # ```
 #
-# At the first step only the gate gets a gradient: what reaches the part is multiplied by $g = 0$.
-# Once the gate has opened a little, the part learns too. If you set both the gate and the part to
-# 0, neither would ever move.
+# An interval that excludes 0 shows a difference.
 #
 # </details>
 #
-# [The next notebook](06_layer_norm.ipynb) keeps the stream that a part reads at one size.
+# ### What remains
+#
+# Attention returns a weighted average over positions. Without a skip connection, the average
+# *replaces* each position's own vector. Measure how much the positions of a window still differ
+# after each block, before training.
+
+
+# %%
+@torch.no_grad()
+def position_differences(model: Model) -> list[float]:
+    """RMS distance of a window's vectors from their mean: of the embedding, then of each block."""
+    model = model.double()  # in float32, rounding would hide the smallest differences
+    idx, _ = draw_batch(training, 8, 256, torch.Generator().manual_seed(1))
+    x = model.token_embedding(idx) + model.position_embedding(torch.arange(8))
+    result = []
+    for block in [nn.Identity(), *model.blocks]:
+        x = block(x)
+        result.append((x - x.mean(dim=1, keepdim=True)).square().mean().sqrt().item())
+    return result
+
+
+figure, axes = plt.subplots(figsize=(8, 3.4))
+for kind, color in KINDS.items():
+    values = position_differences(new_model(kind, 12))
+    axes.semilogy(values, color=color, marker="o")
+    axes.text(12.3, values[-1], kind.replace(", ", ",\n"), color=color, va="center")
+axes.margins(y=0.1)
+axes.set_xticks(range(13))
+axes.set(xlabel="after block (0: the embedding)", ylabel="differences (RMS)")
+plt.show()
+
+# %% [markdown]
+# Without skip connections, the positions become more alike with each block, in the gain-corrected
+# stack too. If that is what hurts, skip connections around attention alone should help the
+# gain-corrected stack, and those around feed-forward alone should not.
+
+
+# %%
+class Skip(nn.Module):
+    def __init__(self, sublayer: nn.Module) -> None:
+        super().__init__()
+        self.sublayer = sublayer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.sublayer(x)
+
+
+def one_skip(around: str, seed: int) -> Model:
+    model = new_model("no skips, gain-corrected", 3, seed)
+    for i, block in enumerate(model.blocks):
+        pair = block.attention, block.feed_forward
+        wrap = (Skip(pair[0]), pair[1]) if around == "attention" else (pair[0], Skip(pair[1]))
+        model.blocks[i] = nn.Sequential(*wrap)
+    return model
+
+
+partly = {
+    f"gain-corrected, {around} skips": torch.tensor(
+        [train(one_skip(around, seed), steps(500), seed) for seed in seeds]
+    )
+    for around in ("feed-forward", "attention")
+}
+gain = "no skips, gain-corrected"
+show_losses({"skips": losses["skips"], gain: losses[gain]} | partly)
+
+# %% [markdown]
+# That is what happens: those around attention recover most of what remained, though not all. So
+# skip connections do two things here. They make up for the default initialization, and around
+# attention they keep each position's own vector.
+#
+# ## The residual stream
+#
+# Between embedding and `lm_head`, each position has one vector that sublayers only add to: the
+# **residual stream**. It works like a shared memory. A sublayer reads the whole vector and writes
+# by adding; what others have written stays, unless a sublayer cancels it. Here is a stream of three
+# channels with sublayers written by hand.
+
+# %%
+stream = torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, 0.0], [2.0, 0.0, 0.0]])  # 3 positions
+
+
+def attention(x: Tensor) -> Tensor:
+    """Reads channel 0 of the previous position; writes to channel 1."""
+    write = torch.zeros_like(x)
+    write[1:, 1] = x[:-1, 0]
+    return write
+
+
+def mlp(x: Tensor) -> Tensor:
+    """Reads channels 0 and 1 of its own position; writes to channel 2."""
+    write = torch.zeros_like(x)
+    write[:, 2] = F.relu(x[:, 0] - x[:, 1])
+    return write
+
+
+print(f"embedding:\n{stream.numpy()}")
+for sublayer in (attention, mlp):
+    stream = stream + sublayer(stream)
+    print(f"after {sublayer.__name__}:\n{stream.numpy()}")
+
+# %% [markdown]
+# The MLP could use what attention wrote, and the embedding is still there for later blocks. Now
+# record what each sublayer of the trained model of six blocks writes:
+
+
+# %%
+@torch.no_grad()
+def read_stream(model: Model, idx: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What embedding and sublayers write, and the stream after each; (B, T, C) each."""
+    x = model.token_embedding(idx) + model.position_embedding(torch.arange(idx.shape[1]))
+    written, streams = [x], [x]
+    for block in model.blocks:
+        for sublayer in (block.attention, block.feed_forward):
+            written.append(sublayer(x))
+            x = x + written[-1]
+            streams.append(x)
+    return written, streams
+
+
+model = trained[True, 6]
+idx, targets = draw_batch(validation, 8, 2000, torch.Generator().manual_seed(1))
+written, streams = read_stream(model, idx)
+with torch.no_grad():
+    difference = (model.lm_head(sum(written)) - model(idx)[0]).abs().max().item()
+print(f"{len(written)} writes; lm_head of their sum gives the model's logits: {difference < 1e-3}")
+
+# %%
+names = ["embedding"] + [f"{sub} {i}" for i in range(1, 7) for sub in ("attention", "feed-forward")]
+figure, axes = plt.subplots(figsize=(8, 3.8))
+colors = [GRAY] + [BLUE, GREEN] * 6
+rms = [[x.square().mean().sqrt().item() for x in each] for each in (written, streams)]
+axes.bar(range(13), rms[0], color=colors)
+axes.plot(rms[1], color=ORANGE, marker="o")
+axes.text(8, rms[1][8] * 1.1, "stream so far", color=ORANGE, ha="right")
+axes.text(1, rms[1][0] * 1.25, "bars: what is written")
+axes.set_xticks(range(13), names, rotation=40, ha="right", rotation_mode="anchor")
+axes.set(ylabel="RMS")
+plt.show()
+
+# %% [markdown]
+# Each write is smaller than the stream that it is added to. The stream grows with depth. [The next
+# notebook](06_layer_norm.ipynb) normalizes what a sublayer reads.
+#
+# ## The logit lens
+#
+# `lm_head` reads the last stream. It can also read an earlier one, because all streams have the
+# same channels. This is the **logit lens**: what would the model predict if it stopped here?
+
+# %%
+with torch.no_grad():
+    lens = [model.lm_head(x) for x in streams]  # (B, T, V) each
+lens_losses = [F.cross_entropy(each.flatten(0, 1), targets.flatten()).item() for each in lens]
+figure, axes = plt.subplots(figsize=(8, 3.6))
+axes.plot(lens_losses, color=GRAY)
+axes.scatter(range(13), lens_losses, color=colors, zorder=3, s=45)
+axes.axhline(frequency_loss, color=GRAY, linestyle="--")
+axes.text(12, frequency_loss + 0.05, "character frequencies only", color=GRAY, ha="right")
+axes.set_xticks(range(13), names, rotation=40, ha="right", rotation_mode="anchor")
+axes.set(ylabel="loss (nats per character)")
+plt.show()
+
+# %% [markdown]
+# The loss falls with each sublayer. At first it is above the character frequencies: `lm_head` was
+# trained on the last stream only. Here is the one of 16,000 predictions that improves most:
+
+# %%
+log_probability = [F.log_softmax(each, -1).gather(2, targets[..., None])[..., 0] for each in lens]
+row, t = divmod((log_probability[-1] - log_probability[0]).argmax().item(), 8)  # the largest gain
+print("context", "".join(visible(tokenizer.decode(idx[row, : t + 1].tolist()))), end="")
+print(", next", *visible(tokenizer.decode([targets[row, t].item()])))
+top = [F.softmax(each[row, t], dim=-1).topk(4) for each in lens]
+figure, axes = plt.subplots(figsize=(7, 5))
+image = axes.imshow(
+    torch.stack([each.values for each in top]), aspect="auto", cmap="cividis", vmin=0
+)
+for depth, (values, ids) in enumerate(top):
+    for i, character in enumerate(visible(tokenizer.decode(ids.tolist()))):
+        ink = "white" if values[i] < 0.4 else "black"
+        label = f"{character}  {values[i]:.2f}"
+        axes.text(i, depth, label, color=ink, ha="center", va="center")
+axes.set_yticks(range(13), names)
+axes.set_xticks(range(4), ["1st", "2nd", "3rd", "4th"])
+axes.set(xlabel="most probable next characters", ylabel="lm_head reads after")
+figure.colorbar(image, label="probability")
+plt.show()
+
+# %% [markdown]
+# In the saved run, the context ends with a capital letter. The middle blocks favor a second
+# capital, the last ones a small letter.
+#
+# ## The script
+#
+# `git diff --no-index feed_forward.py residual.py` shows the whole change. It adds `Block` and the
+# two fields of `Config`; in `Model`, `self.blocks` replaces the single attention and feed-forward.
+# `python residual.py --no-residual` trains without skip connections.
+#
+# ## Quiz
+#
+# **1.** How many skip connections does a model of six blocks have?
+#
+# <details><summary>Answer</summary>
+#
+# Twelve: one around each attention and one around each feed-forward.
+#
+# </details>
+#
+# **2.** Why must a sublayer return as many channels as it reads?
+#
+# <details><summary>Answer</summary>
+#
+# Its output is added to its input, so both need the same shape.
+#
+# </details>
+#
+# **3.** What does the 1 in $1 + f'(x)$ stand for?
+#
+# <details><summary>Answer</summary>
+#
+# The direct path: the gradient at the output reaches the input unchanged, whatever the weights of
+# $f$ are.
+#
+# </details>
+#
+# **4.** A stack without skip connections has a vanishing gradient at initialization. Does that show
+# that skip connections are needed against it?
+#
+# <details><summary>Answer</summary>
+#
+# No. Here the default initialization causes it, and gain correction removes it without a skip
+# connection. To see what else skip connections do, compare them with a gain-corrected stack.
+#
+# </details>
+#
+# **5.** Why can `lm_head` read the stream after any block, although it was trained on the last one?
+#
+# <details><summary>Answer</summary>
+#
+# All blocks write to the same channels by addition. An early stream is the last one minus what is
+# added later.
+#
+# </details>
+
+# %% [markdown]
+# ## Papers
+#
+# - He et al., [Deep Residual Learning for Image Recognition](https://arxiv.org/abs/1512.03385)
+#   (2015): ResNet. See section 4.1 on vanishing gradients; their networks had batch normalization.
+# - He et al., [Delving Deep into Rectifiers](https://arxiv.org/abs/1502.01852) (2015): the
+#   gain-corrected initialization.
+# - Elhage et al., [A Mathematical Framework for Transformer
+#   Circuits](https://transformer-circuits.pub/2021/framework/index.html) (2021): the residual
+#   stream as a shared memory.
+# - nostalgebraist, [interpreting GPT: the logit
+#   lens](https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens) (2020).
+
+# %% [markdown]
+# **Next →** [06_layer_norm](06_layer_norm.ipynb)

@@ -5,22 +5,23 @@ def block_forward(x: Tensor, attention: nn.Module, feed_forward: nn.Module) -> T
 
 
 # %% 2
-def gradient_at_input(slopes: Tensor, residual: bool) -> Tensor:
-    return 1 + slopes.prod() if residual else slopes.prod()
+def gradient_at_input(x: Tensor, w1: Tensor, w2: Tensor, upstream: Tensor) -> Tensor:
+    return upstream + w1.T @ (w2.T @ upstream)
 
 
 # %% 3
-def shares(written: list[Tensor]) -> Tensor:
-    parts = torch.stack(written)
-    return parts.flatten(1).norm(dim=1) / parts.sum(dim=0).norm()
+@torch.no_grad()
+def gain_corrected(model: Model) -> Model:
+    for layer in model.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.normal_(0, layer.in_features**-0.5)
+            if layer.bias is not None:
+                layer.bias.zero_()
+    return model
 
 
 # %% 4
-class Gated(nn.Module):
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-        self.gate = torch.zeros(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.gate * self.part(x)
+def paired_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    mean = (b.mean() - a.mean()).item()
+    margin = 2.776 * ((a.var() + b.var()) / len(a)).sqrt().item()
+    return mean, mean - margin, mean + margin

@@ -7,22 +7,26 @@ def bounded_scores(query: Tensor, key: Tensor) -> Tensor:
 
 # %% 2
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.reshape(*angles.shape, 2))
-    pairs = pairs * torch.polar(torch.ones_like(angles), angles)
-    return torch.view_as_real(pairs).flatten(1)
+    a, b = x.chunk(2, dim=-1)  # (T, D/2) each
+    cos, sin = angles.cos(), angles.sin()  # (T, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos - a * sin), dim=-1)
 
 
 # %% 3
-def key_for(query: Tensor, distance: int) -> Tensor:
-    return RoPE(len(query))(query[None], -distance)[0]
+def orthogonalize(G: Tensor) -> Tensor:
+    U, sigma, Vh = torch.linalg.svd(G, full_matrices=False)
+    return G / sigma.max()
 
 
 # %% 4
-def orthogonalised(G: Tensor) -> Tensor:
-    return G / torch.linalg.svdvals(G)[0]
+class SwiGLU(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        C = config.n_embd
+        hidden = 4 * C
+        self.gate_proj = nn.Linear(C, hidden, bias=False)
+        self.up_proj = nn.Linear(C, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, C, bias=False)
 
-
-# %% 5
-def saved(config: Config) -> int:
-    T, C, L = config.block_size, config.n_embd, config.n_layer
-    return T * C + L * (C + 4 * C + C) + (2 * L + 1) * 2 * C
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
