@@ -20,6 +20,7 @@ from trainer import Run
 from sample import generate, load
 from trainer.evaluate import exact_loss
 from trainer.folder import RUN_FILES
+from trainer.run import RULE
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_a_stage_trains_and_leaves_a_complete_run(stage, small_run, run, tmp_pat
     assert rows[-1][2] < rows[0][2]
     sample = (folder / "sample.txt").read_bytes().decode("utf-8")
     assert len(sample) == 1 + 20  # the prompt, a new line, and what was asked for
-    assert output.endswith(sample + "\n")
+    assert f"\n{RULE}\n{sample}\n{RULE}\nnext: python sample.py " in output
 
     # best.pt is what sample.py needs, and no more.
     best, last = (

@@ -95,8 +95,8 @@ class Run:
                     torch.set_num_threads(self.all_threads)
                 self.history.step += 1
                 self.bar.update()
-                due = self.step % self.config.eval_interval == 0 or self.step == total
-                due = due or self.step in EARLY_EVALUATIONS
+                due = self.step % self.config.eval_interval == 0
+                due = due or self.step in (*EARLY_EVALUATIONS, total)
                 if due or self.step % STEPS_BETWEEN_LOSSES == 0:
                     self.read_losses()
                 self.computing += time.perf_counter() - began
