@@ -3,7 +3,8 @@
 This computes the same function as a list of heads, but for all heads at once. One matrix product
 yields every query, key and value; the heads become one more batch dimension.
 
-It is faster, not better: a few large operations keep a CPU or GPU busier than many small ones.
+This makes it faster; the loss does not change. A few large matrix products use a CPU or GPU better
+than many small ones.
 
     python batched_attention.py
 """

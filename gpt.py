@@ -10,7 +10,8 @@ The blocks stay the same. This stage adds what a larger model needs to train wel
 - **gradient accumulation**: a batch too large to process at once is split into **micro-batches**;
 - a **KV cache**, which lets sampling compute each position's keys and values only once.
 
-The loss drops because of width, depth and context; these techniques make that size trainable.
+The lower loss comes from more width, depth and context; these techniques make training at that
+size work.
 
     python gpt.py                         the preset that suits this machine
     python gpt.py --preset full           10.8 M parameters, for a GPU

@@ -5,8 +5,8 @@ learned scale and shift per channel. `--norm pre` normalizes the input of each s
 more at the end, as GPT-2 does. `--norm post` normalizes after each addition, as the original
 Transformer did.
 
-The residual stream grows with every block. Normalized inputs keep each sublayer in a range where
-it learns well, whatever the others add.
+The residual stream grows with every block. Normalized inputs keep the scale of each sublayer's
+input constant, however large the residual stream becomes.
 
     python layer_norm.py
     python layer_norm.py --norm post

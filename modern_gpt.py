@@ -10,13 +10,14 @@ Each has a switch: `--no-rope` disables RoPE. With all of them off, the model is
 - `squared_relu`: the activation is ReLU squared.
 - `zero_init`: the projections that feed the residual stream start at zero, so each block
   starts as the identity.
-- `token_shift`: a learned multiple of the previous character's embedding is added, so that
-  the first block sees pairs of characters.
+- `token_shift`: the previous character's embedding is added, scaled by a learned factor per
+  channel, so that the first block sees pairs of characters.
 - `embedding_norm`: the embedding is normalized, like the input of every sublayer.
 - `embedding_skip`: every block adds λ times the embedding, with λ learned.
 - `muon`: **Muon** makes the singular values of each matrix update equal, so that no direction
   dominates; AdamW still trains the embedding, the output layer and all vectors.
-- `linear_decay`: the learning rate stays constant, then decays linearly to zero, not as a cosine.
+- `linear_decay`: after warm-up the learning rate stays constant, then decays linearly to zero,
+  instead of following a cosine.
 
 `python compare.py --modern` measures what each is worth.
 

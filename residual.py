@@ -6,8 +6,9 @@ adds its output to its input; this is a **skip connection**. The running sum is 
 
 Deeper models can learn more, but a plain stack of three blocks trains worse than one block. More
 than half of that comes from the initialization: PyTorch's default shrinks signal and gradient to
-about 8% per block. Skip connections pass both on, whatever the weights are. Around attention, they
-also keep each position's own vector, which the average would otherwise replace. Compare:
+about 8% per block. Skip connections pass both through unchanged, whatever the weights are.
+Around attention, they also preserve each position's own vector, which the weighted average would
+otherwise replace. Compare:
 
     python residual.py
     python residual.py --no-residual

@@ -3,11 +3,11 @@
     python benchmarks/ladder.py
     python benchmarks/ladder.py --max-iters 500 --rounds 1      a quick look
 
-As in most tutorials: batches that are put together row by row in Python, the loss of both splits
-estimated from 200 random batches at each evaluation, the optimizer with its defaults. Both sides
-evaluate at the start and ten times more, and take turns; the times are medians over the rounds. A
-small stage uses one core, so the last line starts all scripts side by side, one for each core; it
-includes their start-up.
+As in most tutorials: batches assembled row by row in Python, the loss of both splits estimated from
+200 random batches at each evaluation, the optimizer with its defaults. Both sides evaluate at the
+start and ten times more, the course also at steps 10, 30, 100 and 300. They take turns, and the
+times are medians over the rounds. A small stage uses one core, so the last line starts all scripts
+side by side, one for each core; it includes their start-up.
 """
 
 import argparse

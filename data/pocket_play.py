@@ -1,6 +1,6 @@
 """Pocket Play: a small invented play to train on when Tiny Shakespeare is out of reach.
 
-It is drawn from a probabilistic grammar: symbols are replaced by other symbols, with known
+It is sampled from a probabilistic grammar: symbols are replaced by other symbols, with known
 probabilities, until only text is left. Every text can arise in one way only, so the entropy of
 this language is known exactly. That is the lowest average loss that any model can reach on fresh
 text, even one that sees all the text before. For Shakespeare nobody knows it; here it shows how
