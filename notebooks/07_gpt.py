@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,72 +13,51 @@
 # %% [markdown]
 # # 7 · GPT
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/character-gpt/course/blob/main/notebooks/07_gpt.ipynb)
+# You scale the model up and add what a larger model needs to train well: dropout, a careful
+# initialization, AdamW with a schedule, and gradient clipping. A KV cache makes sampling faster.
 #
-# The model has been complete since the notebook before. This one makes it larger, and a larger
-# model needs care to learn well. After this notebook you can
+# With `gpt.py`'s preset `small`, the validation loss drops from about 2.06 to about 1.62 nats per
+# character. The notebook takes about 90 minutes.
 #
-# - say what dropout, initialisation, weight decay, warm-up and clipping each do, and measure what
-#   each is worth at a size that trains in seconds;
-# - count the parameters and the FLOPs of a GPT with pencil and paper;
-# - show that more context makes the next character easier;
-# - sample with a temperature and with top-k;
-# - explain the key-value cache, and why the text is the same with it;
-# - say what lies between this model and ChatGPT, and fine-tune a small one yourself.
-#
-# Run each cell with shift-enter, from the top. Change things: nothing can break that a restart
-# does not mend.
+# ![The model of gpt.py](../results/diagrams/gpt.svg)
 
 # %%
-# In Colab this fetches the course. Everywhere it lets Python find the scripts.
-import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
-    subprocess.run(["git", "clone", "-q", "https://github.com/character-gpt/course"], check=True)
-    os.chdir("course/notebooks")
 sys.path.insert(0, "..")
-
-# %%
 import copy
-import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from trainer import Divides, Fraction, NonNegative, NonNegativeInt, Run
-from common import LanguageModel, Tokenizer, draw_batch, pick_device
+from trainer import Divides, Fraction, NonNegative, NonNegativeInt
+from common import LanguageModel, Tokenizer, draw_batch
 from data import pocket_play
+from layer_norm import FeedForward
 from sample import generate, load
 from trainer.corpus import open_corpus
 from trainer.evaluate import exact_loss
 from trainer.layers import Dropout, attention
-from trainer.machine import fast_dtype
 
 import torch
-from lesson import BLUE, GREY, ORANGE, QUICK, check, given, heat_map, plt, steps, visible
+from lesson import BLUE, GRAY, ORANGE, QUICK, check, given, plt, reveal, steps
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-# %%
 corpus = open_corpus(None)
-vocabulary = corpus.vocabulary
-V = len(vocabulary)
-tokenizer = Tokenizer(vocabulary)
-training, validation = corpus.train, corpus.validation
-held = validation[: steps(20_000)]  # enough of it to compare short trainings
-print(f"{len(training):,} characters to train on, {V} different ones")
+tokenizer = Tokenizer(corpus.vocabulary)
+V = len(tokenizer.vocabulary)
+training, held_out = corpus.train, corpus.validation[: steps(20_000)]
 
 # %% [markdown]
-# ## Two sizes
+# ## Scaling up
 #
-# All hyperparameters are in one place. The preset `full` is for a GPU: 384 channels in 6 layers,
-# and 256 characters of context. `small` learns on a laptop in minutes, and it is the one that
-# writes in this notebook.
+# `full` is the lecture's model and needs a GPU; `small` trains in minutes on a laptop; `tiny` is
+# for experiments. A block has about $12C^2$ parameters: $3C^2$ in `qkv_proj`, $C^2$ in `out_proj`
+# and $8C^2$ in the MLP.
 
 
 # %%
@@ -100,84 +78,41 @@ class Config:
     gradient_clip: float = 1.0  # maximum gradient norm
 
 
-# %%
-PRESETS = {
-    "full": Config(),
-    "small": Config(
-        block_size=64,
-        n_embd=128,
-        n_head=4,
-        n_layer=4,
-        dropout=0.0,
-        batch_size=32,
-        max_iters=2000,
-        learning_rate=3e-3,
-    ),
-}
-
-# %% [markdown]
-# Most experiments below take a model that trains in seconds.
-
-# %%
-tiny = Config(
-    vocab_size=V,
-    block_size=32,
-    n_embd=64,
-    n_head=4,
-    n_layer=2,
-    dropout=0.0,
-    batch_size=16,
-    max_iters=150,
-    warmup_iters=15,
-    learning_rate=3e-3,
-)
+full = Config(vocab_size=V)
+small = Config(V, 64, 128, 4, 4, dropout=0.0, batch_size=32, max_iters=2000, learning_rate=3e-3)
+tiny = replace(small, block_size=32, n_embd=64, n_layer=2, batch_size=16)
+tiny = replace(tiny, max_iters=150, warmup_iters=15)
+for name, config in (("full", full), ("small", small), ("tiny", tiny)):
+    print(f"{name:5} about {12 * config.n_embd**2 * config.n_layer:10,} parameters in its blocks")
 
 # %% [markdown]
 # ## Dropout
 #
-# A large model can learn a small text by heart. Dropout makes that hard: while training, each
-# number is silenced with probability $p$. No channel can rely on another one being there.
-#
-# If a share $p$ is missing, what remains is too small. So it is scaled up by $1/(1-p)$, and the
-# mean stays.
-#
-# `Dropout` comes from `trainer.layers`. It equals PyTorch's `nn.Dropout`, with faster random
-# numbers on a CPU.
+# A large model can memorize a small text. **Dropout** makes that harder: during training, each
+# activation is zeroed with probability $p$, so no unit can rely on another one being present. The
+# others are divided by $1-p$, which keeps the expected value.
 
 # %%
 torch.manual_seed(1)
-dropout = Dropout(0.2)
-masked = dropout(torch.ones(16, 40))  # a mask, since 1 goes in everywhere
-figure, axes = plt.subplots(figsize=(8, 3.4))
-image = axes.imshow(masked, cmap="cividis")
-figure.colorbar(image, ax=axes, ticks=[0, 1, 1.25], label="what becomes of a 1", shrink=0.9)
-axes.set(xlabel="channel", ylabel="position in the block")
-plt.show()
-print(f"silenced {(masked == 0).float().mean():.3f}, largest {masked.max():.2f}")
-
-# %% [markdown]
-# Dark is silenced, about one number in five. The bright ones have become 1.25. The next forward
-# pass draws another mask.
-#
-# **Predict before you run the next cell:** the mean of a million ones after dropout with $p = 0.2$,
-# in training and when the model is used?
-
-# %%
-ones = torch.ones(1_000_000)
-dropout.train()
-print(f"training: mean {dropout(ones).mean():.3f}, different {dropout(ones).unique().tolist()}")
+x = torch.arange(1.0, 9.0)
+dropout = Dropout(0.5)  # nn.Dropout, but faster on a CPU
+print("input          ", x.tolist())
+for _ in range(3):
+    print("training       ", dropout(x).tolist())
+mean = dropout(x.expand(1_000_000, 8)).mean(dim=0)
+print("mean of draws  ", [round(each, 1) for each in mean.tolist()])
 dropout.eval()
-print(f"in use:   mean {dropout(ones).mean():.3f}, different {dropout(ones).unique().tolist()}")
+print("evaluation     ", dropout(x).tolist())
 
 # %% [markdown]
-# `model.train()` and `model.eval()` are this switch. Forget `eval` and your samples are written by
-# a model with a fifth of its numbers missing.
+# `model.train()` and `model.eval()` switch between the two. `gpt.py` applies dropout to attention
+# weights, sublayer outputs and the sum of the embeddings.
 #
-# ## The parts
+# ## KV cache
 #
-# Nothing here is new but the dropout and the `cache`, which comes further down. First the
-# attention: dropout falls on its weights, so that a position now and then must do without one that
-# it would have listened to.
+# To sample character 51, attention needs the keys and values of the 50 before it. They never
+# change: under the causal mask, no position depends on a later one. The **KV cache** keeps them, so
+# each step computes only one new key and value.
 
 
 # %%
@@ -193,6 +128,19 @@ class KVCache:
             value = torch.cat((self.value, value), dim=2)  # (B, H, S, D)
         self.key, self.value, self.length = key, value, key.shape[2]
         return key, value
+
+
+cache = KVCache()
+for t in range(3):
+    new = torch.full((1, 1, 1, 2), float(t))  # (B, H, 1, D): the key of position t, say
+    keys, values = cache.extend(new, new)  # (B, H, S, D) each
+    print(f"position {t} attends to {cache.length} keys: {keys[0, 0].tolist()}")
+
+# %% [markdown]
+# ## Attention and block
+#
+# `attention` is scores, mask, softmax and weighted average as in `layer_norm.py`, with dropout on
+# the weights. It also accepts fewer queries than keys, which the cache needs.
 
 
 # %%
@@ -220,44 +168,6 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(x)
 
 
-# %% [markdown]
-# `attention` stands for the lines that you know: scores, mask, softmax, weighted average. It is in
-# `trainer.layers`, because it computes them in the way that is fastest on this machine. On a GPU it
-# calls PyTorch's `scaled_dot_product_attention`, which never stores the `(B, H, T, S)` weights. All
-# three give the same.
-
-# %%
-torch.manual_seed(1)
-query, key, value = torch.randn(3, 2, 4, 32, 16)  # (B, H, T, D) each
-scores = query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5  # (B, H, T, T)
-mask = torch.ones(32, 32, dtype=torch.bool).tril()  # (T, T)
-plain = F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ value  # (B, H, T, D)
-for name, fast in (
-    ("trainer.layers", attention(query, key, value, Dropout(0.0))),
-    ("PyTorch's", F.scaled_dot_product_attention(query, key, value, is_causal=True)),
-):
-    print(f"{name:14} largest difference {(fast - plain).abs().max().item():.1e}")
-
-# %% [markdown]
-# That is rounding. Then the feed-forward network, and the block: dropout again, on what each part
-# adds to the sum.
-
-
-# %%
-class FeedForward(nn.Module):
-    """An MLP that processes each position separately."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.down_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.up_proj(x))  # (B, T, 4*C)
-        return self.down_proj(x)  # (B, T, C)
-
-
-# %%
 class Block(nn.Module):
     """Attention, then feed-forward; each adds its output to the residual stream."""
 
@@ -273,6 +183,17 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x
+
+
+# %% [markdown]
+# ## Initialization
+#
+# Every matrix is sampled with standard deviation 0.02. Small weights make small logits, so an
+# untrained model gives all characters about the same probability.
+#
+# The residual stream sums $2 \cdot n_\text{layer}$ sublayer outputs. Variances of independent
+# terms add up, so its standard deviation grows like $\sqrt{2 \cdot n_\text{layer}}$. The layers
+# that write to it, `out_proj` and `down_proj`, start smaller by that factor.
 
 
 # %%
@@ -318,113 +239,73 @@ class Model(LanguageModel):
         return [KVCache() for _ in self.blocks]
 
 
-# %% [markdown]
-# ## Initialisation
-#
-# `Model` initializes every matrix with a standard deviation of 0.02. Small weights make small
-# logits, and with small logits every character is nearly as likely as any other. You know which
-# loss that is.
-#
-# **Predict before you run the next cell:** what is the first loss of a model whose weights are all
-# drawn with a spread of 1?
-
-
 # %%
-def as_pytorch_does(model: nn.Module) -> None:
-    """Draw the weights again, the way PyTorch would have done it unasked."""
-    for part in model.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            part.reset_parameters()
-
-
-def with_spread_1(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter)
-
-
-# %%
-idx, targets = draw_batch(training, tiny.block_size, 64, torch.Generator().manual_seed(1))
-for name, change in (
-    ("as in gpt.py", lambda model: None),
-    ("PyTorch's own", as_pytorch_does),
-    ("spread 1", with_spread_1),
-):
-    torch.manual_seed(1)
-    model = Model(tiny)
-    change(model)
-    print(f"{name:14} first loss {model(idx, targets)[1].item():6.2f}")
-print(f"{'ln V':14}            {math.log(V):6.2f}")
-
-# %% [markdown]
-# A model that begins sure of wrong things spends its first steps on unlearning them.
-#
-# ### Smaller where the stack is deep
-#
-# The blocks add to one sum, the **residual stream**. Each of the `n_layer` blocks adds twice, and
-# what is drawn independently adds up in its variance: $2 \cdot n_\text{layer}$ parts of spread $s$
-# make a spread of $s\sqrt{2 \cdot n_\text{layer}}$. So the two matrices of a block that write into
-# the sum, `out_proj` and `down_proj`, are initialized smaller by $1/\sqrt{2 \cdot n_\text{layer}}$.
-# Here is the stream of a model with 24 layers, with that factor and without.
-
-
-# %%
-def without_factor(model: nn.Module) -> None:
-    """Undo the factor that makes the residual parts smaller."""
+def unscaled(model: nn.Module) -> None:
+    """Undo the division by √(2 · n_layer)."""
     for name, parameter in model.named_parameters():
         if name.endswith(("out_proj.weight", "down_proj.weight")):
             parameter.data *= math.sqrt(2 * len(model.blocks))
 
 
-def spreads(model: nn.Module, idx: Tensor) -> list[float]:
+@torch.no_grad()
+def stream_stds(model: nn.Module, idx: Tensor) -> list[float]:
     """The standard deviation of the residual stream before the first block and after each."""
     x = model.token_embedding(idx) + model.position_embedding.weight  # (B, T, C)
-    result = [x.std().item()]
+    stds = [x.std().item()]
     for block in model.blocks:
         x = block(x)  # (B, T, C)
-        result.append(x.std().item())
-    return result
+        stds.append(x.std().item())
+    return stds
 
 
-# %%
-figure, axes = plt.subplots(figsize=(8, 3.4))
-for name, colour in (("with the factor", BLUE), ("without", ORANGE)):
+idx, targets = draw_batch(training, tiny.block_size, 16, torch.Generator().manual_seed(1))
+figure, axes = plt.subplots(figsize=(7, 3.2))
+for name, change, color in (("unscaled", unscaled, ORANGE), ("scaled", lambda _: None, BLUE)):
     torch.manual_seed(1)
     model = Model(replace(tiny, n_layer=24, n_embd=128))
-    if name == "without":
-        without_factor(model)
-    with torch.no_grad():
-        stream = spreads(model, idx)
-    axes.plot(stream, "o-", color=colour)
-    axes.annotate(
-        name, (24, stream[-1]), (-6, 9), textcoords="offset points", color=colour, ha="right"
-    )
-    print(f"{name:16} {stream[0]:.3f} before the blocks, {stream[-1]:.3f} after 24")
-axes.set(xlabel="blocks passed", ylabel="spread of the residual stream", ylim=(0, None))
-axes.margins(y=0.2)
+    change(model)
+    stds = stream_stds(model, idx)
+    axes.plot(stds, color=color)
+    axes.text(24.3, stds[-1], name, color=color, va="center")
+axes.set(xlabel="blocks passed", ylabel="std of the residual stream", ylim=(0, None), xlim=(0, 28))
 plt.show()
 
+model = Model(tiny)
+print(f"first loss {model(idx, targets)[1].item():.2f}, ln V = {math.log(V):.2f}")
+for parameter in model.parameters():
+    if parameter.dim() == 2:
+        parameter.data *= 50
+print(f"with matrices 50 times as large, first loss {model(idx, targets)[1].item():.2f}")
+
 # %% [markdown]
-# With the factor, all blocks together make the spread about twice as large. Without it, it grows on
-# and on, to more than ten times, and what the embeddings said about the character becomes a small
-# part of the sum. The factor takes the depth out of it:
+# Unscaled, the embeddings become a small part of a deep model's stream.
+#
+# ## AdamW and weight decay
+#
+# Adam keeps two running averages for each parameter: $m$ of its gradients and $v$ of their squares,
+# both corrected for their start at 0. The step is $\text{learning rate} \cdot m / \sqrt{v}$.
+# Multiply all gradients by 1,000, and the steps stay the same: Adam is **scale-invariant**.
+#
+# AdamW adds **weight decay**: each step also multiplies the weights by
+# $1 - \text{learning rate} \cdot \text{weight decay}$. Matrices and embeddings decay; biases and
+# norms do not.
+
 
 # %%
-for depth in (6, 24, 96):
-    torch.manual_seed(1)
-    model = Model(replace(tiny, n_layer=depth, n_embd=128))
-    with torch.no_grad():
-        print(f"{depth:2} layers: spread after the last {spreads(model, idx[:4])[-1]:.3f}")
+def adam_steps(gradients: Tensor) -> Tensor:
+    """What AdamW subtracts from parameters with these gradients, at learning rate 1."""
+    parameters, results = nn.Parameter(torch.zeros_like(gradients[0])), []
+    optimizer = torch.optim.AdamW([parameters], 1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    for gradient in gradients:
+        before, parameters.grad = parameters.detach().clone(), gradient.clone()
+        optimizer.step()
+        results.append(before - parameters.detach())
+    return torch.stack(results)
 
-# %% [markdown]
-# ## Weight decay
-#
-# Every step draws the matrices a little towards zero, whatever the gradient says:
-#
-# $$w \leftarrow w - \text{learning rate} \cdot \text{weight decay} \cdot w - \dots$$
-#
-# A weight stays large only if the text keeps asking for it. Biases and the scales of the norms are
-# left alone: they have one dimension, and that is how `make_optimizer` tells them apart.
+
+gradients = torch.tensor([[1.0], [1.0], [-1.0], [1.0]])  # of one parameter, at four steps
+print("gradients        ", [f"{each:.3f}" for each in adam_steps(gradients).flatten()])
+print("gradients × 1,000", [f"{each:.3f}" for each in adam_steps(gradients * 1000).flatten()])
 
 
 # %%
@@ -439,6 +320,36 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
+model = Model(tiny)
+optimizer = make_optimizer(model, replace(tiny, learning_rate=0.01))
+absent = min(set(range(V)) - set(idx.flatten().tolist()))  # a character that the batch lacks
+norms = [model.token_embedding.weight[absent].norm().item()]
+for _ in range(100):
+    optimizer.zero_grad()
+    model(idx, targets)[1].backward()
+    optimizer.step()
+    norms.append(model.token_embedding.weight[absent].norm().item())
+name = repr(tokenizer.decode([absent]))
+print(f"norm of the embedding of {name}: {norms[0]:.4f}, then {norms[-1]:.4f}")
+print(f"ratio {norms[-1] / norms[0]:.4f}, and (1 - 0.01 * 0.1) ** 100 = {0.999**100:.4f}")
+
+# %% [markdown]
+# Embeddings decay at every step, also those of rare characters, which get few gradients.
+#
+# ## Warm-up and cosine
+#
+# The learning rate rises linearly during **warm-up**. Then it decays along half a **cosine** to a
+# tenth of its peak: short steps average out the noise of single batches.
+#
+# "The first gradients are large" is no reason for warm-up, since Adam is scale-invariant. There are
+# two others:
+#
+# - $m$ and $v$ are estimated from few gradients at first. At step 1, $m/\sqrt{v}$ is ±1 for every
+#   parameter, even if its gradient is pure noise (left panel).
+# - Early in training the loss surface is sharp: a long step overshoots
+#   ([Gilmer et al.](https://arxiv.org/abs/2110.04369)).
+
+
 # %%
 def learning_rate_at(step: int, config: Config) -> float:
     """Linear warm-up, then half a cosine from the peak down to a tenth of it."""
@@ -448,689 +359,29 @@ def learning_rate_at(step: int, config: Config) -> float:
     return config.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-# %%
-torch.manual_seed(1)
-model = Model(tiny)
-for group in make_optimizer(model, tiny).param_groups:
-    count = sum(parameter.numel() for parameter in group["params"])
-    decay, tensors = group["weight_decay"], len(group["params"])
-    print(f"weight decay {decay}: {tensors:2} tensors, {count:7,} numbers")
-
-# %% [markdown]
-# To see the decay alone, set every gradient to 0 and take steps. Each one multiplies a matrix by
-# $1 - \text{learning rate} \cdot \text{weight decay}$.
-
-# %%
-optimizer = make_optimizer(model, tiny)
-matrix, vector = model.blocks[0].attention.out_proj.weight, model.final_norm.weight
-for group in optimizer.param_groups:
-    group["lr"] = 1e-2
-for parameter in model.parameters():
-    parameter.grad = torch.zeros_like(parameter)
-lengths = []
-for _ in range(1000):
-    lengths.append((matrix.norm().item(), vector.norm().item()))
-    optimizer.step()
-shares = torch.tensor(lengths) / torch.tensor(lengths[0])  # (1000, 2)
-print(
-    f"matrix, after 999 steps: {shares[-1, 0]:.3f}; by the formula: {(1 - 1e-2 * 0.1) ** 999:.3f}"
-)
-
-# %%
-figure, axes = plt.subplots(figsize=(8, 3))
-for i, (name, colour) in enumerate((("a matrix", BLUE), ("a norm's scales", ORANGE))):
-    axes.plot(shares[:, i], color=colour, linewidth=2)
-    axes.annotate(name, (620, shares[620, i] + 0.04), color=colour)
-axes.set(xlabel="steps without gradient", ylabel="length, as a share", ylim=(0, 1.15))
+noise = torch.randn(100, 10_000, generator=torch.Generator().manual_seed(1))
+figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.2))
+left.plot(range(1, 101), adam_steps(noise).square().mean(dim=1).sqrt())
+left.set(xlabel="training step", ylabel="RMS of Adam's step", ylim=(0, 1.05))
+left.set_title("gradients that are pure noise", fontsize=11)
+right.plot([learning_rate_at(step, small) for step in range(small.max_iters)])
+right.set(xlabel="training step", ylabel="learning rate", ylim=(0, None))
+right.set_title("the small preset", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# The matrix shrinks towards 0; the norm's scales stay where they were.
+# ### Exercise 1: a trapezoid
 #
-# ## Warm-up and decay
-#
-# The learning rate is not one number any more. It rises in a straight line, because the first
-# gradients are large and the optimizer does not yet know their usual size. Then it falls along half
-# a cosine, because a model that is nearly there needs small steps to settle.
-
-# %%
-small = replace(PRESETS["small"], vocab_size=V)
-rates = [learning_rate_at(step, small) for step in range(small.max_iters)]
-figure, axes = plt.subplots(figsize=(8, 3))
-axes.plot(rates, color=BLUE, linewidth=2)
-axes.annotate("warm-up", (small.warmup_iters + 20, 0.0002), color=GREY)
-axes.axvspan(0, small.warmup_iters, color=GREY, alpha=0.2)
-axes.set(xlabel="training steps", ylabel="learning rate", ylim=(0, None))
-plt.show()
-print(f"first {rates[0]:.5f}, highest {max(rates):.5f}, last {rates[-1]:.5f}")
-
-# %% [markdown]
-# Up for 100 steps, then down to a tenth.
-#
-# ## Clipping
-#
-# Now and then a batch has a gradient that is far longer than usual. Clipping keeps its direction
-# and cuts its length back to at most 1:
-#
-# $$g \leftarrow g \cdot \min\left(1, \frac{1}{\lVert g \rVert}\right)$$
-#
-# Here the length is that of all gradients of the model taken as one long vector.
-#
-# ## What is each of them worth?
-#
-# Train a tiny model for a few seconds, and switch off one thing at a time. This is the training
-# loop of the script, with a switch for each.
-
-
-# %%
-def short_training(rate: float, seed: int, off: str) -> tuple[float, list[float]]:
-    """The loss on held-back text, and the gradient's length at each step before it is cut."""
-    config = replace(tiny, learning_rate=rate)
-    if off == "weight decay":
-        config = replace(config, weight_decay=0.0)
-    if off == "warm-up":
-        config = replace(config, warmup_iters=0)
-    torch.manual_seed(seed)
-    model = Model(config)
-    if off == "initialisation":
-        as_pytorch_does(model)
-    if off == "factor by depth":
-        without_factor(model)
-    optimizer = make_optimizer(model, config)
-    generator, norms = torch.Generator().manual_seed(seed), []
-    for step in range(steps(config.max_iters)):
-        for group in optimizer.param_groups:
-            # Without the fall, what is left of the schedule is the warm-up.
-            stop = min(step, config.warmup_iters) if off == "falling rate" else step
-            group["lr"] = learning_rate_at(stop, config)
-        idx, targets = draw_batch(training, config.block_size, config.batch_size, generator)
-        logits, loss = model(idx, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        limit = math.inf if off == "clipping" else config.gradient_clip
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), limit).item())
-        optimizer.step()
-    return exact_loss(model, held), norms
-
-
-# %% [markdown]
-# Chance plays a part too: another seed gives other weights and other batches. So each training runs
-# with two seeds, and at two learning rates, the usual one and a bold one. A difference that is
-# smaller than that between two seeds says nothing.
-
-# %%
-SWITCHES = [
-    "nothing",
-    "initialisation",
-    "factor by depth",
-    "weight decay",
-    "warm-up",
-    "falling rate",
-    "clipping",
-]
-RATES = {0.003: BLUE, 0.01: ORANGE}
-short_runs = {
-    (off, rate, seed): short_training(rate, seed, off)
-    for off in SWITCHES
-    for rate in RATES
-    for seed in (1, 2)
-}
-
-# %%
-print("switched off      " + "".join(f"   rate {rate}, two seeds" for rate in RATES))
-for off in SWITCHES:
-    losses = [[short_runs[off, rate, seed][0] for seed in (1, 2)] for rate in RATES]
-    print(f"{off:18}" + "".join(f"{first:15.3f} {second:.3f}  " for first, second in losses))
-
-# %%
-figure, axes = plt.subplots(figsize=(8, 3.8))
-for row, off in enumerate(SWITCHES):
-    for (rate, colour), lift in zip(RATES.items(), (-0.13, 0.13), strict=True):
-        losses = [short_runs[off, rate, seed][0] for seed in (1, 2)]
-        axes.plot(losses, [row + lift] * 2, "o-", color=colour, markersize=7, linewidth=1)
-axes.set_yticks(range(len(SWITCHES)), SWITCHES)
-axes.invert_yaxis()
-axes.grid(axis="x", alpha=0.4)
-axes.set(xlabel="loss on held-back text after a short training", ylabel="switched off")
-for (rate, colour), place in zip(RATES.items(), (0.0, 0.35), strict=True):
-    axes.text(place, 1.04, f"learning rate {rate}", color=colour, transform=axes.transAxes)
-plt.show()
-
-# %% [markdown]
-# Each dot is one training, a line joins the two seeds. What to see, from the top:
-#
-# - *Initialisation*: PyTorch's own is worse at the usual rate, yet better at the bold one. A likely
-#   reason: a step of AdamW is about as large as the rate, whatever the weights, and PyTorch begins
-#   with larger weights. And 0.02 is meant for models wider than these 64 channels.
-# - *Factor by depth* and *weight decay*: nothing that the seeds would not do too. Two layers are
-#   not deep, and so few steps decay little.
-# - *Warm-up*: nothing at the usual rate, and by far the most at the bold one.
-# - *Falling rate*: the same pattern, only weaker.
-# - *Clipping*: at the bold rate perhaps a little, but two seeds are too few to say so.
-#
-# So at this size most of them change little. They are not there to make a good training better, but
-# to keep a large, deep or bold one from going wrong, and such a one takes more than seconds.
-#
-# How long are the gradients, if nobody cuts them?
-
-# %%
-figure, axes = plt.subplots(figsize=(8, 3.2))
-for rate, colour in RATES.items():
-    norms = short_runs["clipping", rate, 1][1]
-    axes.plot(norms, color=colour)
-    print(f"rate {rate}: longest {max(norms):.2f}, median {sorted(norms)[len(norms) // 2]:.2f}")
-axes.axhline(tiny.gradient_clip, color=GREY, linestyle="--")
-for (rate, colour), place in zip(RATES.items(), (0.45, 0.75), strict=True):
-    axes.text(place, 0.9, f"rate {rate}", color=colour, transform=axes.transAxes)
-axes.set(xlabel="training steps", ylabel="length of the gradient", ylim=(0, None))
-plt.show()
-
-# %% [markdown]
-# At the start they are nearly three times as long as allowed, and after some twenty steps mostly
-# below the dashed line, where clipping does nothing. It is an insurance against the odd batch.
-#
-# ### And dropout?
-#
-# Dropout helps against learning by heart, so let the model have something to learn by heart: only
-# 10,000 characters, many times over.
-
-# %%
-few = training[:10_000]
-
-
-def few_characters(p: float) -> list[tuple[int, float, float]]:
-    """Step, loss on what it trains on, loss on what it does not, again and again."""
-    config = replace(tiny, dropout=p, max_iters=800)
-    torch.manual_seed(1)
-    model = Model(config)
-    optimizer = make_optimizer(model, config)
-    generator, rows = torch.Generator().manual_seed(1), []
-    for step in range(steps(config.max_iters)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        idx, targets = draw_batch(few, config.block_size, config.batch_size, generator)
-        logits, loss = model(idx, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        optimizer.step()
-        if (step + 1) % steps(100) == 0:
-            rows.append((step + 1, exact_loss(model, few), exact_loss(model, held)))
-    return rows
-
-
-# %%
-figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-for axes, p in zip(panels, (0.0, 0.2), strict=True):
-    rows = torch.tensor(few_characters(p))  # (evaluations, 3)
-    axes.plot(rows[:, 0], rows[:, 1], "o-", color=GREY)
-    axes.plot(rows[:, 0], rows[:, 2], "o-", color=BLUE)
-    axes.annotate("held back", (rows[-1, 0], rows[-1, 2] + 0.09), color=BLUE, ha="right")
-    axes.annotate("trained on", (rows[-1, 0], rows[-1, 1] - 0.18), color=GREY, ha="right")
-    axes.set(title=f"dropout {p}", xlabel="training steps")
-    axes.margins(y=0.15)
-    print(f"dropout {p}: trained on {rows[-1, 1]:.2f}, held back {rows[-1, 2]:.2f}", end="")
-    print(f", at its lowest {rows[:, 2].min():.2f}")
-panels[0].set_ylabel("loss (nats per character)")
-plt.show()
-
-# %% [markdown]
-# On the left the model learns its 10,000 characters ever better, while from the middle on it gets
-# worse on others: it learns by heart. On the right the two curves stay closer, and the blue one
-# hardly turns up by the end. But its lowest point is no better than that on the left: dropout
-# makes this long training harmless, it does not replace text. The preset `small` sees its million
-# characters only about four times and has no dropout at all; `full` sees them about eighty times.
-#
-# ## What makes it fast
-#
-# Two things change speed or memory, and hardly the result. First, **micro-batches**: a batch that
-# does not fit in memory is processed in parts. The gradients add up over `backward` until
-# `zero_grad`. If each loss is multiplied by its part's fraction of the batch, their sum is the
-# gradient of the whole.
-
-# %%
-torch.manual_seed(1)
-model = Model(tiny)
-idx, targets = draw_batch(training, tiny.block_size, 16, torch.Generator().manual_seed(1))
-model(idx, targets)[1].backward()
-whole = model.lm_head.weight.grad.clone()  # (V, C)
-model.zero_grad()
-for part, its_targets in zip(idx.tensor_split(3), targets.tensor_split(3), strict=True):
-    weight = len(part) / len(idx)
-    loss = model(part, its_targets)[1]
-    (weight * loss).backward()
-difference = (model.lm_head.weight.grad - whole).abs().max() / whole.abs().max()
-print(f"largest difference, as a fraction of the largest gradient: {difference:.1e}")
-
-# %% [markdown]
-# In the script, `run.micro_batches(batch)` yields such parts, each with its weight. It decides how
-# many suit the machine; `--grad-accumulation` asks for more. When several processes train together,
-# it also averages their gradients after the last part.
-#
-# Second, **mixed precision**. In `bfloat16` a number keeps only two to three decimal digits, but
-# half the bytes have to be moved, and GPUs multiply such numbers several times as fast. Inside
-# `autocast` only the matrix products are computed so; the weights stay in `float32`.
-
-# %%
-print("1.001 in bfloat16:", torch.tensor(1.001).bfloat16().item())
-print("1.01 in bfloat16: ", torch.tensor(1.01).bfloat16().item())
-up_proj = model.blocks[0].feed_forward.up_proj.weight  # (4*C, C)
-x = torch.randn(2, tiny.block_size, tiny.n_embd)  # (B, T, C)
-product = x @ up_proj.T  # (B, T, 4*C)
-error = (x.bfloat16() @ up_proj.bfloat16().T).float() - product  # (B, T, 4*C)
-print(f"a product is off by {error.norm() / product.norm():.2%}")
-exact = model(idx, targets)[1].item()
-with torch.autocast("cpu", torch.bfloat16):
-    rounded = model(idx, targets)[1].item()
-print(f"loss in float32 {exact:.4f}, with products in bfloat16 {rounded:.4f}")
-
-# %% [markdown]
-# Single products are a little off, now up, now down; in the mean over many it hardly shows. In the
-# script, `run.autocast()` does this with the dtype that the machine is fast in, or the one that
-# `--precision` names. `trainer.machine.fast_dtype` says which that is: `bfloat16` where the
-# hardware multiplies it, `float16` on older GPUs, otherwise `float32`. The range of `float16` is so
-# small that small gradients would become 0. With it, the weights from `run.micro_batches` contain a
-# large factor, the **loss scale**, and after the last part the gradients are divided by it.
-#
-# ## Counting
-#
-# How many numbers does a GPT learn? Go through its parts with pencil and paper. In each block:
-# attention has $3C^2 + C^2 + C$, feed-forward $8C^2 + 5C$, the two norms $4C$. Around the blocks
-# there are $VC$ and $TC$ in the embeddings, $2C$ in the last norm, and $CV$ in `lm_head`.
-
-# %%
-T, C, L = small.block_size, small.n_embd, small.n_layer
-by_hand = {
-    "token_embedding": V * C,
-    "position_embedding": T * C,
-    "attention": L * (3 * C**2 + C**2 + C),
-    "feed_forward": L * (C * 4 * C + 4 * C + 4 * C * C + C),
-    "norm": (2 * L + 1) * 2 * C,
-    "lm_head": C * V,
-}
-measured = dict.fromkeys(by_hand, 0)
-model = Model(small)
-for name, parameter in model.named_parameters():
-    part = "norm" if "norm" in name else next(part for part in by_hand if f"{part}." in name)
-    measured[part] += parameter.numel()
-for part, count in by_hand.items():
-    print(f"{part:19} {count:9,} by hand {measured[part]:9,} measured")
-print(f"{'together':19} {sum(by_hand.values()):9,} by hand {sum(measured.values()):9,} measured")
-
-# %%
-figure, axes = plt.subplots(figsize=(8, 2.8))
-bars = axes.barh(list(by_hand), list(by_hand.values()), color=BLUE)
-axes.bar_label(
-    bars, [f"{count / sum(by_hand.values()):.1%}" for count in by_hand.values()], padding=4
-)
-axes.invert_yaxis()
-axes.margins(x=0.12)
-axes.xaxis.set_major_formatter("{x:,.0f}")
-axes.set(xlabel="parameters of the small preset")
-plt.show()
-
-# %% [markdown]
-# Nearly everything is in the blocks, and two thirds of a block are feed-forward. A rule to
-# remember: $12\,C^2$ parameters per layer.
-#
-# ### FLOPs
-#
-# **FLOPs** are floating-point operations. Each weight of a matrix takes part in one multiplication
-# and one addition per character: 2 FLOPs. The backward pass costs twice as much, for the gradient
-# of the input and that of the weights. That makes 6 per weight. Attention adds scores and weighted
-# sums, $2TC$ FLOPs each per character and layer, 6 times $2TC$ with the backward pass.
-#
-# $$\text{FLOPs per character} = 6\,N_\text{matrices} + 12\,n_\text{layer}\,T\,C$$
-#
-# $N_\text{matrices}$ leaves out the embeddings: looking up a row multiplies nothing.
-
-# %%
-for name in PRESETS:
-    config = replace(PRESETS[name], vocab_size=V)
-    model = Model(config)
-    weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
-    formula = 6 * weights + 12 * config.n_layer * config.block_size * config.n_embd
-    idx = torch.zeros(1, config.block_size, dtype=torch.long)  # (B, T)
-    with FlopCounterMode(display=False) as counter:
-        model(idx, idx)[1].backward()
-    counted = counter.get_total_flops() / config.block_size
-    characters = config.batch_size * config.block_size * config.max_iters
-    print(f"{name:5}: {sum(each.numel() for each in model.parameters()):,} parameters")
-    print(f"       {formula:11,} by the formula, {counted:13,.0f} counted by PyTorch")
-    print(f"       times {characters:,} characters: {formula * characters:.1e} in a training")
-print(f"GPT-3: 6 x 175 billion weights x 300 billion tokens: {6 * 175e9 * 300e9:.1e}")
-
-# %% [markdown]
-# The formula is exact, since PyTorch counts the same products. The last line is the same pencil and
-# paper for a model of 2020.
-#
-# ## Training
-#
-# Now the small preset. If you have trained it already, with `python gpt.py --preset small`, the
-# notebook takes that run. Otherwise it trains here, for two or three minutes on a laptop, in
-# `bfloat16` where that is faster.
-
-
-# %%
-def finished_run(config: Config) -> tuple[Path, nn.Module] | None:
-    """A run of just this size on just this text, if there is one."""
-    compared = Path("../runs/compare/tinyshakespeare/gpt-preset-small-seed-1")
-    for folder in (Path("../runs/gpt"), compared):
-        if QUICK or not (folder / "sample.txt").exists():
-            continue
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if settings["config"] == asdict(config):
-            found, its_tokenizer = load(folder, "cpu")
-            if its_tokenizer.vocabulary == vocabulary:
-                return folder, found
-    return None
-
-
-# %%
-torch.manual_seed(1)
-model = Model(small)
-found = finished_run(small)
-if found:
-    model.load_state_dict(found[1].state_dict())  # the same names and shapes as in this notebook
-    print("weights from", found[0].as_posix())
-else:
-    print("no finished run: the next cell trains")
-
-# %%
-device = pick_device()
-model.to(device)
-is_faster = fast_dtype(device) == torch.bfloat16
-generator = torch.Generator().manual_seed(1)
-optimizer = make_optimizer(model, small)
-for step in range(0 if found else steps(small.max_iters)):
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, small)
-    optimizer.zero_grad()
-    idx, targets = draw_batch(training, small.block_size, small.batch_size, generator)
-    with torch.autocast(device.type, torch.bfloat16, enabled=is_faster):
-        logits, loss = model(idx.to(device), targets.to(device))
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), small.gradient_clip)
-    optimizer.step()
-    if (step + 1) % steps(small.eval_interval) == 0:
-        print(f"step {step + 1:4}   loss of this batch {loss.item():.3f}")
-model.cpu().eval()
-print("ready")
-
-# %% [markdown]
-# ## Loss by position
-#
-# The first prediction in a block is made from one character, the last from the whole block. Is
-# that any use?
-#
-# **Predict before you run the next cell:** draw the curve with your finger: loss upwards, position
-# to the right.
-
-
-# %%
-@torch.inference_mode()
-def loss_by_position(model: nn.Module, tokens: Tensor) -> Tensor:
-    T = model.block_size
-    windows = tokens.unfold(0, T + 1, T).long()  # (N, T+1)
-    losses = []
-    for some in windows.split(128):
-        logits, _ = model(some[:, :-1])  # (B, T, V)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), some[:, 1:], reduction="none"))
-    return torch.cat(losses).mean(dim=0)  # (T)
-
-
-# %%
-by_position = loss_by_position(model, validation[: steps(len(validation))])
-seen = torch.arange(1, small.block_size + 1)
-smooth = F.avg_pool1d(by_position[None, 2:], 9, 1)[0]
-figure, axes = plt.subplots(figsize=(8, 3.4))
-axes.plot(seen, by_position, "o", color=BLUE, markersize=4)
-axes.plot(seen[6:-4], smooth, color=ORANGE, linewidth=2)
-axes.axhline(by_position.mean().item(), color=GREY, linestyle="--")
-axes.annotate("mean over all", (1, by_position.mean() + 0.03), color=GREY)
-axes.set_xscale("log", base=2)
-axes.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
-axes.set(xlabel="characters that the model sees", ylabel="loss (nats per character)")
-plt.show()
-print(f"validation loss {by_position.mean():.3f}")
-for first, last in ((1, 1), (2, 2), (3, 8), (9, 32), (33, 64)):
-    print(f"seeing {first:2} to {last:2}: {by_position[first - 1 : last].mean():.3f}")
-
-# %% [markdown]
-# The first few characters help most: with one the model can know no more than a bigram, with eight
-# it mostly knows the word it is in. The curve keeps falling to about twenty. The second half of
-# the block adds next to nothing here: to use what stood a line ago takes a larger model and a
-# longer training. The blue dots scatter, since each is a mean over fewer than two thousand
-# characters; the orange line is the mean of nine neighbours.
-#
-# ## Sampling with care
-#
-# A model gives every character some probability, also the absurd ones. Each is unlikely, but there
-# are many, and a text is long: sooner or later one is drawn. **Top-k** allows only the `k`
-# likeliest. Here is the place in the first lines of the validation text where this model is least
-# sure.
-
-# %%
-context = validation[None, : small.block_size]  # (1, T)
-with torch.inference_mode():
-    logits = model(context)[0][0]  # (T, V)
-shares = F.softmax(logits, dim=-1)  # (T, V)
-doubt = -(shares * shares.log()).sum(dim=-1)  # (T)
-place = doubt.argmax().item()
-print(f"after {''.join(visible(tokenizer.decode(context[0, : place + 1].tolist())))!r}")
-
-ranked = logits[place].sort(descending=True)
-cut = ranked.values.clone()
-cut[5:] = float("-inf")
-figure, panels = plt.subplots(3, 1, figsize=(9, 5.4), sharex=True, sharey=True)
-for axes, values, title in zip(
-    panels,
-    (ranked.values, ranked.values / 0.5, cut),
-    ("as the model says", "temperature 0.5", "top-k with k = 5"),
-    strict=True,
-):
-    axes.bar(range(30), F.softmax(values, dim=-1)[:30], color=BLUE)
-    axes.text(0.98, 0.75, title, transform=axes.transAxes, ha="right")
-    axes.set_ylabel("probability")
-axes.set_xticks(range(30), visible(tokenizer.decode(ranked.indices[:30].tolist())))
-axes.set_xlabel("next character, the 30 likeliest")
-plt.show()
-print(f"outside the first 5 lies {F.softmax(ranked.values, dim=-1)[5:].sum():.2f}")
-
-# %% [markdown]
-# A temperature bends the whole curve. Top-k cuts off the tail and leaves the proportions of the
-# rest as they were. The two can be combined.
-
-# %%
-for options in (
-    {"temperature": 1.0},
-    {"temperature": 1.0, "top_k": 5},
-    {"temperature": 0.5},
-    {"temperature": 1.5},
-):
-    print(", ".join(f"{name} {value}" for name, value in options.items()))
-    print("".join(generate(model, tokenizer, length=160, **options)).strip(), end="\n\n")
-
-# %% [markdown]
-# The two in the middle keep to likelier letters. At 1.5 many more words are invented. Nothing here
-# makes the model know more: it only chooses how much of its doubt you see.
-#
-# ## The cache
-#
-# To draw character 50, the model computes queries, keys and values of all 49 before it. To draw
-# character 51 it computes them again, and they come out the same: a position never sees what comes
-# later, so nothing that comes later can change its keys and values. The **key-value cache** keeps
-# them. Then only the newest character goes through the model; its query meets the keys kept.
-
-# %%
-idx = validation[None, :20]  # (1, T)
-with torch.inference_mode():
-    at_once, _ = model(idx)  # (1, T, V)
-    cache = model.new_cache()
-    for t in range(20):
-        one, _ = model(idx[:, t : t + 1], cache=cache)  # (1, 1, V)
-print(f"largest difference in the last logits {(one[0, -1] - at_once[0, -1]).abs().max():.1e}")
-print("keys of one layer, (B, H, S, D):", tuple(cache[0].key.shape))
-
-# %% [markdown]
-# **Predict before you run the next cell:** the same text with the cache and without. How many times
-# as fast?
-
-# %%
-uncached = copy.copy(model)  # the same weights,
-uncached.new_cache = lambda: None  # but no cache
-seconds, texts = {}, {}
-for each in (uncached, model):
-    seconds[each] = math.inf
-    for _ in range(3):
-        began = time.perf_counter()
-        texts[each] = "".join(generate(each, tokenizer, length=200, seed=2))
-        seconds[each] = min(seconds[each], time.perf_counter() - began)
-print("same text:", texts[model] == texts[uncached])
-print(f"with the cache {seconds[uncached] / seconds[model]:.1f} times as fast")
-
-# %% [markdown]
-# Not one character differs. The gain in time is modest here, since this model sees 64
-# characters at most: when the block is full, `generate` goes on from its second half, with new
-# cache, as the positions have moved. A longer context gains more. Here is a model with the same
-# layers, untrained, and room for 512 characters.
-
-# %%
-long = Model(replace(small, block_size=512)).eval()
-idx = torch.zeros(1, 512, dtype=torch.long)  # (1, T)
-places = range(0, 512, 16)
-times = {True: [math.inf] * 512, False: [math.inf] * 512}
-with torch.inference_mode():
-    for _ in range(1 if QUICK else 3):  # the quickest of three counts: it was undisturbed
-        cache = long.new_cache()
-        for t in range(512):
-            for cached in (True, False) if t in places else (True,):
-                began = time.perf_counter()
-                if cached:
-                    long(idx[:, t : t + 1], cache=cache)
-                else:
-                    long(idx[:, : t + 1])
-                times[cached][t] = min(times[cached][t], time.perf_counter() - began)
-
-unit = sorted(times[True])[256]
-figure, axes = plt.subplots(figsize=(8, 3.2))
-for cached, name, colour in ((False, "without cache", ORANGE), (True, "with cache", BLUE)):
-    shown = [times[cached][t] / unit for t in places]
-    axes.plot(places, shown, "o-", color=colour)
-    end = (places[20], shown[20])
-    axes.annotate(name, end, (-10, 8), textcoords="offset points", color=colour, ha="right")
-axes.set(xlabel="characters before the next one", ylabel="time for the next one", ylim=(0, None))
-plt.show()
-
-# %% [markdown]
-# The unit of time is one character with the cache. With it the line stays nearly flat. Without it
-# all characters before go through the model again, so the cost grows with their number. What one
-# pays is memory: exercise 3.
-#
-# ## From here to ChatGPT
-#
-# You have seen every part of a GPT. What lies between this one and an assistant?
-#
-# **Pre-training** is what you have done: predict what comes next, on much text. The large ones
-# differ in size more than in kind.
-#
-# | | layers | channels | heads | context | parameters | learns from |
-# |---|---:|---:|---:|---:|---:|---|
-# | `small` | 4 | 128 | 4 | 64 characters | 0.8 million | 1 million characters |
-# | `full` | 6 | 384 | 6 | 256 characters | 10.8 million | 1 million characters |
-# | GPT-2 (2019) | 48 | 1,600 | 25 | 1,024 tokens | 1.5 billion | 40 gigabytes of web pages |
-# | GPT-3 (2020) | 96 | 12,288 | 96 | 2,048 tokens | 175 billion | 300 billion tokens |
-#
-# The last two read tokens of several characters. Small changes have come since: positions that turn
-# queries and keys instead of being added, other activations and norms, heads that share keys and
-# values so that the cache is smaller. The plan is the one that you have in front of you.
-#
-# What comes out continues texts. Ask it a question and it may go on with ten more questions, since
-# that is how lists of questions look. An assistant takes more training, **fine-tuning**: go on from
-# these weights, on other examples. It is done in steps.
-#
-# 1. *Demonstrations*: people write good answers to questions, some ten thousand in the work that
-#    ChatGPT came from. The model trains on them with the same loss and the same loop.
-# 2. *Preferences*: people are shown several answers of the model and rank them. A second model, the
-#    reward model, learns to predict the ranks.
-# 3. *Reinforcement*: the model writes answers, the reward model marks them, and the weights move
-#    towards what gets good marks, but not far from where step 1 left them.
-#
-# The text of step 1 is small, many thousand times smaller than that of the pre-training. That it
-# suffices shows where the knowledge is from: the language, the facts and the styles are
-# there already, and fine-tuning says which of them are asked for. In exercise 4 you do step 1 at
-# our size.
-#
-# ### Encoders and decoders
-#
-# GPT is a **decoder**: each position sees itself and what came before, so that it can write. The
-# transformer of 2017 translated, and there the source text is known in full. An **encoder** reads
-# it without a mask, and in **cross-attention** the decoder's queries meet keys and values made by
-# the encoder.
-#
-# | kind | a position sees | good for | examples |
-# |---|---|---|---|
-# | encoder | all positions | understanding: search, sorting texts | BERT |
-# | decoder | itself and those before | writing | GPT, this course |
-# | both | itself and those before, and all of the source | translating | transformer of 2017, T5 |
-
-# %%
-source, output = "je dors", "i sleep"
-masks = {
-    "encoder": (source, source, torch.ones(7, 7)),
-    "decoder": (output, output, torch.ones(7, 7).tril()),
-    "cross-attention": (output, source, torch.ones(7, 7)),
-}
-figure, panels = plt.subplots(1, 3, figsize=(9, 3.3))
-for axes, (title, (rows, columns, mask)) in zip(panels, masks.items(), strict=True):
-    heat_map(axes, mask, visible(rows), visible(columns), title, vmin=-0.3, vmax=1.2)
-    axes.set(xlabel="is seen", ylabel="sees")
-plt.show()
-
-# %% [markdown]
-# Bright may be seen. Take away the left and the right panel, and the middle one is our causal mask.
-#
-# ## The script
-#
-# `gpt.py` is all the classes above and this function. `run.micro_batches` and `run.autocast` are
-# what you saw under *What makes it fast*. The flags that belong to them, `--grad-accumulation`,
-# `--precision` and `--compile`, are no hyperparameters, so they are not in `Config`.
-
-
-# %%
-def main() -> None:
-    run = Run(Config, PRESETS)
-    model = Model(run.config).to(run.device)
-    optimizer = make_optimizer(model, run.config)
-    for batch in run.batches(model, optimizer):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(run.step, run.config)
-        optimizer.zero_grad()
-        for idx, targets, weight in run.micro_batches(batch):  # weight: fraction of the batch
-            with run.autocast():  # mixed precision: matrix products in the run's dtype
-                logits, loss = model(idx, targets)
-            (weight * loss).backward()
-            run.log(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), run.config.gradient_clip)
-        optimizer.step()
-    run.finish()
-
-
-# %% [markdown]
-# ## Exercises
-#
-# Fill in a cell, run it, then run the one below: it says whether the answer is right, or what is
-# off. A solution is folded under each.
-#
-# ### 1 · Another schedule
-#
-# Many models now train with a simpler learning rate: up in a straight line as in
-# `learning_rate_at`, then constant, and over the last fifth of `max_iters` down in a straight line
-# that would reach 0 at step `max_iters`.
+# Another schedule: linear warm-up as above, then a constant rate, then over the last fifth of
+# `max_iters` a linear decay that would reach 0 at step `max_iters`.
 
 
 # %% tags=["exercise"]
-def trapezoid(step: int, config: Config) -> float: ...
+def trapezoid(step: int, config: Config) -> float:
+    """Linear warm-up, then constant, then linear decay over the last fifth."""
+    if step < config.warmup_iters:
+        return ...
+    return ...
 
 
 # %% tags=["check"]
@@ -1138,182 +389,599 @@ def trapezoid(step: int, config: Config) -> float: ...
 def exercise_1() -> None:
     config = Config(max_iters=1000, warmup_iters=10, learning_rate=0.5)
     rate = {step: given(trapezoid(step, config)) for step in (0, 4, 9, 10, 500, 799, 800, 900, 999)}
-    assert rate[0] != 0, "the first step must not be wasted on a rate of 0: count from step + 1"
+    assert rate[0] != 0, "a rate of 0 wastes the first step"
     assert math.isclose(rate[0], 0.05), f"the first of 10 steps up is 0.05, yours {rate[0]:.4f}"
-    assert math.isclose(rate[9], 0.5), f"after 10 steps it is up at 0.5, yours {rate[9]:.4f}"
-    for step in (10, 500, 799):
-        assert math.isclose(rate[step], 0.5), f"step {step}: {rate[step]:.4f}, not the full 0.5"
-    assert math.isclose(rate[900], 0.25), f"step 900 is half-way down: 0.25, not {rate[900]:.4f}"
-    assert math.isclose(rate[999], 0.0025), f"the last step's rate is {rate[999]:.4f}, not 0.0025"
+    assert math.isclose(rate[9], 0.5), f"the tenth step should be at the peak, not {rate[9]:.4f}"
+    for step in (10, 500, 799, 800):
+        assert math.isclose(rate[step], 0.5), f"step {step}: {rate[step]:.4f}, not the peak"
+    assert math.isclose(rate[900], 0.25), f"step 900 is half-way down, yours {rate[900]:.4f}"
+    assert math.isclose(rate[999], 0.0025), f"the last rate is {rate[999]:.4f}, not 0.0025"
+    rate = given(trapezoid(0, replace(config, warmup_iters=0)))
+    assert math.isclose(rate, 0.5), f"without warm-up, the first rate is the peak, not {rate:.4f}"
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def trapezoid(step: int, config: Config) -> float:
-#     up = (step + 1) / max(1, config.warmup_iters)
-#     down = (config.max_iters - step) / (0.2 * config.max_iters)
-#     return config.learning_rate * min(up, 1.0, down)
+# def trapezoid(step, config):
+#     rising = (step + 1) / max(1, config.warmup_iters)
+#     falling = (config.max_iters - step) / (0.2 * config.max_iters)
+#     return config.learning_rate * min(rising, 1.0, falling)
 # ```
 #
 # </details>
 #
-# ### 2 · Top-k
+# ## Gradient clipping
 #
-# Return the logits with all but the `k` largest of each row made impossible. There may be any
-# number of rows: the last dimension is that of the vocabulary.
+# **Clipping** scales the gradient of the whole model down to a norm of at most 1. If all gradients
+# shrink alike, little changes: Adam is scale-invariant. What matters is a **spike**, one gradient
+# far larger than the others. Below, all gradients are 1, but that of step 50 is −100.
+
+# %%
+gradients = torch.ones(200, 1)
+gradients[50] = -100
+figure, axes = plt.subplots(figsize=(7, 3.2))
+for name, values, color in (
+    ("clipped", gradients.clamp(-1, 1), BLUE),
+    ("not clipped", gradients, ORANGE),
+):
+    moves = adam_steps(values).flatten().tolist()
+    axes.plot(moves, color=color)
+    axes.text(202, moves[-1], name, color=color, va="center")
+axes.axhline(0, color=GRAY, linewidth=0.8)
+axes.set(xlabel="training step", ylabel="Adam's step / learning rate", xlim=(0, 245))
+axes.set_xticks(range(0, 201, 50))
+plt.show()
+
+# %% [markdown]
+# Not clipped, the spike turns $m$ the wrong way for 20 steps. It stays in $v$ for longer, so the
+# steps after that are small.
+#
+# ## Micro-batches
+#
+# A batch too large for memory is split into **micro-batches**. `backward` adds to `.grad`, so
+# several passes can give the gradient of the whole batch.
+#
+# ### Exercise 2: the same gradient
+#
+# Process the batch in `count` parts, which may differ in size.
 
 
 # %% tags=["exercise"]
-def keep_top_k(logits: Tensor, k: int) -> Tensor: ...
+def accumulate(model: nn.Module, idx: Tensor, targets: Tensor, count: int) -> float:
+    """Return the loss of the batch; its gradient is in the parameters' .grad."""
+    model.zero_grad()
+    for rows, answers in zip(idx.tensor_split(count), targets.tensor_split(count), strict=True):
+        _, loss = model(rows, answers)
+        ...
+    return ...
 
 
 # %% tags=["check"]
 @check
 def exercise_2() -> None:
-    logits = torch.tensor([[-3.0, -1.0, -2.0, -4.0], [5.0, 0.5, 1.0, 2.0]])
-    before = logits.clone()
-    kept = given(keep_top_k(logits, 2))
-    assert torch.equal(logits, before), "the logits that came in have changed: make new ones"
-    assert kept.shape == logits.shape, f"the shape is {tuple(kept.shape)}, not (2, 4)"
-    probabilities = F.softmax(kept, dim=-1)
-    allowed = (probabilities > 0).tolist()
-    for row, expected in zip(
-        allowed, ([False, True, True, False], [True, False, False, True]), strict=True
-    ):
-        assert sum(row) == 2, f"{sum(row)} characters are possible, not 2: exp of what is 0?"
-        assert row == expected, "the wrong ones are kept: each row has its own k largest"
-    assert torch.equal(kept[probabilities > 0], before[probabilities > 0]), "keep those as they are"
+    torch.manual_seed(1)
+    model, sizes = Model(tiny), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for rows, parts in ((4, [2, 2]), (5, [3, 2])):
+        _, loss = model(idx[:rows], targets[:rows])
+        gradient = torch.autograd.grad(loss, model.lm_head.weight)[0]
+        sizes.clear()
+        answer = given(accumulate(model, idx[:rows], targets[:rows], 2))
+        assert sizes == parts, f"forward passes got {sizes} rows, expected {parts}"
+        assert model.lm_head.weight.grad is not None, "there is no gradient: call backward"
+        ratio = (model.lm_head.weight.grad.norm() / gradient.norm()).item()
+        off = (model.lm_head.weight.grad - gradient).norm() / gradient.norm()
+        message = f"the gradient of parts of {parts} rows is not that of the batch"
+        assert off < 1e-4, f"{message}: its norm is {ratio:.3f} times as large"
+        message = f"the loss is {float(answer):.4f}, that of the batch {loss.item():.4f}"
+        assert abs(answer - loss.item()) < 1e-4, message
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def keep_top_k(logits: Tensor, k: int) -> Tensor:
-#     smallest_kept = logits.topk(k).values[..., -1:]
-#     return logits.masked_fill(logits < smallest_kept, float("-inf"))
+# def accumulate(model, idx, targets, count):
+#     model.zero_grad()
+#     total = 0.0
+#     for rows, answers in zip(idx.tensor_split(count), targets.tensor_split(count), strict=True):
+#         loss = len(rows) / len(idx) * model(rows, answers)[1]
+#         loss.backward()
+#         total += loss.item()
+#     return total
 # ```
 #
 # </details>
 #
-# ### 3 · How much does a cache hold?
+# ## Training
 #
-# Say how many values the cache holds, all layers together, for `B` texts with `S` characters seen
-# so far.
+# `main` in `gpt.py` adds micro-batches and **mixed precision** (matrix products in 16 bits) to this
+# loop.
+
+
+# %%
+def train(
+    config: Config,
+    tokens: Tensor = training,
+    seed: int = 1,
+    schedule: Callable[[int, Config], float] = learning_rate_at,
+    change: Callable[[nn.Module], None] = lambda model: None,  # of the initialization
+    watch: tuple[Tensor, ...] = (),  # texts to evaluate on, ten times
+) -> tuple[nn.Module, list[tuple[float, ...]]]:
+    """A trained model, and at each evaluation the step and the losses."""
+    torch.manual_seed(seed)
+    model, rows = Model(config), []
+    change(model)
+    optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(seed)
+    for step in range(config.max_iters):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, config)
+        idx, targets = draw_batch(tokens, config.block_size, config.batch_size, generator)
+        logits, loss = model(idx, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        optimizer.step()
+        if watch and (step + 1) % math.ceil(config.max_iters / 10) == 0:
+            rows.append((step + 1, *(exact_loss(model, text) for text in watch)))
+    return model, rows
+
+
+config = replace(small, block_size=32, n_layer=2, batch_size=16, learning_rate=4e-3)
+config = replace(config, max_iters=steps(1500))
+model, rows = train(config, watch=(held_out,))  # half a minute or so
+for step, loss in rows:
+    print(f"step {step:4}: validation loss {loss:.3f}")
+
+writer = model, tokenizer
+if Path("../runs/gpt/best.pt").exists() and not QUICK:  # you have run gpt.py: use that
+    writer = load("../runs/gpt", "cpu")
+print("".join(generate(*writer, length=300)))
+
+# %% [markdown]
+# ## Inside: what the context is worth
+#
+# The first prediction in a window sees one character, the last one sees 32.
+
+# %%
+T = config.block_size
+windows = corpus.validation[: steps(100_000)].unfold(0, T + 1, T).long()  # (N, T+1)
+with torch.inference_mode():
+    logits = model.eval()(windows[:, :-1])[0]  # (N, T, V)
+losses = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(dim=0)
+figure, axes = plt.subplots(figsize=(7, 3.2))
+axes.plot(range(1, T + 1), losses, "o", markersize=4)
+axes.axhline(losses.mean().item(), color=GRAY, linestyle="--")
+axes.text(1, losses.mean() + 0.03, "mean", color=GRAY)
+axes.set_xscale("log", base=2)
+axes.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
+axes.set(xlabel="visible characters", ylabel="loss (nats per character)")
+plt.show()
+
+# %% [markdown]
+# The first few characters help most; more context helps less and less.
+#
+# ## The same text, faster
+#
+# **Predict before you run:** a model with `small`'s layers and a context of 512 has read 500
+# characters. How many times as long does the next one take without the cache?
+
+# %%
+guess = ...  # times
+
+# %% tags=["prediction"]
+uncached = copy.copy(model)
+uncached.new_cache = lambda: None  # the same weights, no cache
+texts = ["".join(generate(each, tokenizer, length=100)) for each in (model, uncached)]
+print("same text:", texts[0] == texts[1])
+
+long, text = Model(replace(small, block_size=512)).eval(), corpus.train[None, :512].long()
+seconds = {"with cache": [math.inf] * 32, "without cache": [math.inf] * 32}
+with torch.inference_mode():
+    for _ in range(3):  # the fastest of three: nothing else disturbed it
+        for i in range(32):
+            cache, end = long.new_cache(), 16 * i + 5
+            long(text[:, : end - 1], cache=cache)
+            for name, options in (("with cache", {"cache": cache}), ("without cache", {})):
+                start = time.perf_counter()
+                long(text[:, end - 1 if options else 0 : end], **options)
+                seconds[name][i] = min(seconds[name][i], time.perf_counter() - start)
+factor = seconds["without cache"][-1] / seconds["with cache"][-1]
+reveal(guess, factor, within=factor / 3)
+
+figure, axes = plt.subplots(figsize=(7, 3.2))
+for (name, values), color in zip(seconds.items(), (BLUE, ORANGE), strict=True):
+    axes.plot([16 * i + 4 for i in range(32)], [1000 * each for each in values], color=color)
+    axes.text(510, 1000 * values[-1], name, color=color, va="center")
+axes.set(xlabel="characters before the next one", ylabel="time for the next one (ms)")
+axes.set(ylim=(0, None), xlim=(0, 620), xticks=range(0, 501, 100))
+plt.show()
+
+# %% [markdown]
+# The price is memory: a key and a value of $C$ numbers per character and layer.
+#
+# ## Overfitting
+#
+# **Overfitting** means that the loss keeps falling on the training text while it rises on other
+# text. To provoke it, train on only 5,000 characters, and validate on the 20,000 after them.
+#
+# **Predict before you run:** of 500 steps, after how many is the validation loss lowest without
+# dropout?
+
+# %%
+guess = ...  # steps
+
+# %% tags=["prediction"]
+few, other = training[:5000], training[5000:25000]
+wide = replace(tiny, n_embd=128, n_layer=1, learning_rate=4e-3, warmup_iters=50)
+wide, dropouts = replace(wide, max_iters=steps(500)), (0.0, 0.3)
+overfit = [train(replace(wide, dropout=p), few, watch=(few, other))[1] for p in dropouts]
+reveal(guess, min(overfit[0], key=lambda row: row[2])[0], within=100)
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(7.6, 3.4), sharey=True)
+for axes, p, rows in zip(panels, dropouts, overfit, strict=True):
+    at, *curves = zip(*rows, strict=True)
+    for name, losses, color in zip(("training", "validation"), curves, (GRAY, BLUE), strict=True):
+        axes.plot(at, losses, "o-", markersize=4, color=color)
+        axes.text(at[-1] * 1.03, losses[-1], name, color=color, va="center")
+    axes.set(xlabel="training step", xlim=(0, at[-1] * 1.35), xticks=(0, at[-1] // 2, at[-1]))
+    axes.set_title(f"dropout {p}", fontsize=11)
+    best, last = min(curves[1]), curves[1][-1]
+    print(f"dropout {p}: validation loss at best {best:.3f}, at the end {last:.3f}")
+panels[0].set_ylabel("loss (nats per character)")
+plt.show()
+
+# %% [markdown]
+# Dropout slows the memorizing; stopping early does as well here. `small` sees its text about four
+# times and has no dropout; `full` sees it about 80 times.
+#
+# ## Break it
+#
+# Leave out one technique at a time, at two learning rates. Each dot compares two trainings with the
+# same seed.
+
+
+# %%
+def pytorch_default(model: nn.Module) -> None:
+    for part in model.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            part.reset_parameters()
+
+
+def constant(step: int, config: Config) -> float:
+    return learning_rate_at(min(step, config.warmup_iters), config)  # warm-up, but no decay
+
+
+VARIANTS = {  # changes of the config, and options of train
+    "nothing changed": ({}, {}),
+    "PyTorch's initialization": ({}, {"change": pytorch_default}),
+    "no weight decay": ({"weight_decay": 0.0}, {}),
+    "no warm-up": ({"warmup_iters": 0}, {}),
+    "no cosine decay": ({}, {"schedule": constant}),
+    "no clipping": ({"gradient_clip": math.inf}, {}),
+}
+final = {}
+for name, (changes, options) in VARIANTS.items():
+    for rate in (0.003, 0.01):
+        config = replace(tiny, block_size=16, learning_rate=rate, max_iters=steps(150), **changes)
+        models = [train(config, seed=seed, **options)[0] for seed in (1, 2, 3)]
+        final[name, rate] = torch.tensor([exact_loss(each, held_out) for each in models])
+
+# %%
+figure, axes = plt.subplots(figsize=(7.6, 3.4))
+names = list(VARIANTS)[1:]
+for rate, color, shift in ((0.003, BLUE, -0.12), (0.01, ORANGE, 0.12)):
+    base = final["nothing changed", rate]
+    print(f"learning rate {rate}: mean loss with everything {base.mean():.3f}")
+    for row, name in enumerate(names):
+        axes.plot(final[name, rate] - base, [row + shift] * 3, "o-", color=color, linewidth=1)
+    axes.text(
+        0.99,
+        0.9 - shift / 2,
+        f"learning rate {rate}",
+        color=color,
+        ha="right",
+        transform=axes.transAxes,
+    )
+axes.axvline(0, color=GRAY, linewidth=0.8)
+axes.set_yticks(range(len(names)), names)
+axes.invert_yaxis()
+axes.set(xlabel="increase of the validation loss (nats per character)")
+plt.show()
+
+# %% [markdown]
+# At the higher rate, no warm-up costs most, with every seed. PyTorch's initialization is worse at
+# the usual rate and better at the higher one, perhaps because 0.02 is small for 64 channels. The
+# other differences are small or change sign with the seed.
+#
+# ## The same model elsewhere
+#
+# [nanoGPT](https://github.com/karpathy/nanoGPT/blob/master/model.py) and
+# [Hugging Face's GPT-2](https://huggingface.co/docs/transformers/model_doc/gpt2) name its parts so:
+#
+# `gpt.py`|nanoGPT|Hugging Face|difference
+# ---|---|---|---
+# `token_embedding`|`wte`|`wte`|
+# `position_embedding`|`wpe`|`wpe`|
+# `blocks`|`h`|`h`|
+# `attention_norm`|`ln_1`|`ln_1`|
+# `qkv_proj`|`attn.c_attn`|`attn.c_attn`|here no bias
+# `out_proj`|`attn.c_proj`|`attn.c_proj`|
+# `feed_forward_norm`|`ln_2`|`ln_2`|
+# `up_proj`|`mlp.c_fc`|`mlp.c_fc`|
+# ReLU|GELU|GELU (tanh)|smoother
+# `down_proj`|`mlp.c_proj`|`mlp.c_proj`|
+# `final_norm`|`ln_f`|`ln_f`|
+# `lm_head`|`lm_head`|`lm_head`|here not tied
+# `nn.Linear`|`nn.Linear`|`Conv1D`|weight transposed
+# `KVCache`|none|`past_key_values`|
+#
+# **Weight tying**: GPT-2 uses one matrix as `wte` and as `lm_head`. That saves the smallest GPT-2
+# 39 M parameters; with 65 characters there is little to save.
+#
+# ### Exercise 3: eight bugs
+#
+# A buggy GPT often trains, only worse. The next cell is right; the one after it has eight bugs. Fix
+# them in place, then replace the dots in its last line.
+
+
+# %%
+class Layers(nn.Module):
+    def __init__(self, V: int = 65, T: int = 16, C: int = 32, H: int = 4) -> None:
+        super().__init__()
+        self.H = H
+        self.token_embedding = nn.Embedding(V, C)
+        self.position_embedding = nn.Embedding(T, C)
+        self.attention_norm = nn.LayerNorm(C)
+        self.qkv_proj = nn.Linear(C, 3 * C, bias=False)
+        self.out_proj = nn.Linear(C, C)
+        self.feed_forward_norm = nn.LayerNorm(C)
+        self.up_proj = nn.Linear(C, 4 * C)
+        self.down_proj = nn.Linear(4 * C, C)
+        self.final_norm = nn.LayerNorm(C)
+        self.lm_head = nn.Linear(C, V, bias=False)
+        self.initialize([each for each in self.parameters() if each.dim() == 2])
 
 
 # %% tags=["exercise"]
-def cache_numbers(config: Config, B: int, S: int) -> int: ...
+class GPT(Layers):
+    def initialize(self, matrices: list[Tensor]) -> None:
+        for matrix in matrices:
+            nn.init.normal_(matrix)
+
+    def attention(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        x = self.qkv_proj(x).view(B, T, 3, self.H, C // self.H)  # (B, T, 3, H, D)
+        query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        scores = query @ key.transpose(-2, -1) * C**-0.5  # (B, H, T, T)
+        scores = scores.masked_fill(torch.ones(T, T).tril() == 0, 0.0)
+        weights = F.softmax(scores, dim=-2)
+        weights = F.dropout(weights, 0.2)
+        return self.out_proj((weights @ value).transpose(1, 2).reshape(B, T, C))
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.token_embedding(idx)  # (B, T, C)
+        x = x + self.attention(self.attention_norm(x))
+        x = self.down_proj(F.relu(self.up_proj(self.feed_forward_norm(x))))
+        logits = self.lm_head(self.final_norm(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+fixed = ...  # GPT
 
 
 # %% tags=["check"]
 @check
 def exercise_3() -> None:
-    for config, B, S in ((replace(tiny, n_layer=3), 2, 7), (tiny, 1, 1)):
-        answer = given(cache_numbers(config, B, S))
-        cache = Model(config).new_cache()
-        Model(config)(torch.zeros(B, S, dtype=torch.long), cache=cache)
-        held = sum(layer.key.numel() + layer.value.numel() for layer in cache)
-        layers, heads = config.n_layer, config.n_head
-        assert answer * layers != held, f"that is one layer's, but there are {layers}"
-        assert answer * 2 != held, "keys and values: both are kept"
-        assert answer != held * heads, "a head has C / H channels: all heads together have C"
-        words = f"{layers} layers, {config.n_embd} channels, B = {B}, S = {S}"
-        assert answer == held, f"{words}: the cache holds {held:,} values, not {answer:,}"
-    large = Config(n_embd=12288, n_head=96, n_layer=96)
-    gigabytes = 2 * cache_numbers(large, 1, 2048) / 1e9
-    print(f"GPT-3, one text of 2,048 tokens, 2 bytes a value: {gigabytes:.1f} gigabytes")
+    torch.manual_seed(1)
+    model = given(fixed)()
+    idx, targets = torch.randint(65, (2, 8, 16))
+    logits, loss = model(idx, targets)
+    assert loss < 4.4, f"the first loss is {loss.item():.1f}: worse than guessing"
+    assert not torch.equal(logits, model(idx)[0]), "in training mode, two passes are the same"
+    logits, loss = model.eval()(idx, targets)
+    assert torch.equal(logits, model(idx)[0]), "in evaluation mode, two passes differ"
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert loss.isclose(expected), "the loss does not compare position t with target t"
+    for parameter in model.parameters():  # larger weights make differences visible
+        parameter.data *= 5
+    changed = idx.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 65
+    earlier = [model(each)[0][:, :-1] for each in (idx, changed)]
+    assert torch.allclose(*earlier, atol=1e-4), "the last character changes earlier predictions"
+    x = torch.randn(1, 16, 32)
+    value = model.qkv_proj(x)[..., 64:]
+    same = model.attention(x[:, :1].expand_as(x))
+    message = "with the same vector at all positions, attention should return its value everywhere"
+    assert torch.allclose(same, model.out_proj(value[:, :1]).expand_as(x), atol=1e-4), message
+    heads = model.qkv_proj(x).view(16, 3, 4, 8).permute(1, 2, 0, 3)
+    mixed = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(0, 1).reshape(x.shape)
+    message = "attention is too sharp or too diffuse"
+    assert torch.allclose(model.attention(x), model.out_proj(mixed), atol=1e-4), message
+    first, *_, last = model(torch.zeros(1, 16, dtype=torch.long))[0][0]
+    assert not torch.allclose(first, last, atol=0.01), "in a text of one character, order is lost"
+    for layer in (model.out_proj, model.down_proj):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    x = model.token_embedding(idx) + model.position_embedding(torch.arange(16))
+    message = "with both sublayers zeroed, the embeddings should reach final_norm unchanged"
+    assert torch.allclose(model(idx)[0], model.lm_head(model.final_norm(x)), atol=1e-4), message
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def cache_numbers(config: Config, B: int, S: int) -> int:
-#     return config.n_layer * 2 * B * S * config.n_embd
-# ```
+# class GPT(Layers):
+#     def initialize(self, matrices):
+#         for matrix in matrices:
+#             nn.init.normal_(matrix, std=0.02)
 #
-# The number of heads does not matter: more heads are smaller ones.
+#     def attention(self, x):
+#         B, T, C = x.shape
+#         x = self.qkv_proj(x).view(B, T, 3, self.H, C // self.H)
+#         query, key, value = x.permute(2, 0, 3, 1, 4)
+#         scores = query @ key.transpose(-2, -1) * (C // self.H) ** -0.5
+#         scores = scores.masked_fill(torch.ones(T, T).tril() == 0, float("-inf"))
+#         weights = F.softmax(scores, dim=-1)
+#         weights = F.dropout(weights, 0.2, self.training)
+#         return self.out_proj((weights @ value).transpose(1, 2).reshape(B, T, C))
+#
+#     def forward(self, idx, targets=None):
+#         x = self.token_embedding(idx) + self.position_embedding.weight[: idx.shape[1]]
+#         x = x + self.attention(self.attention_norm(x))
+#         x = x + self.down_proj(F.relu(self.up_proj(self.feed_forward_norm(x))))
+#         logits = self.lm_head(self.final_norm(x))
+#         if targets is None:
+#             return logits, None
+#         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+#
+#
+# fixed = GPT
+# ```
 #
 # </details>
 #
-# ### 4 · Pre-train and fine-tune
+# ### Exercise 4: a scaling law
 #
-# Pocket Play is a text drawn from a grammar: as much as you like, and easy. This cell pre-trains a
-# model on it. Its vocabulary has the characters of the other text too, so that it can go on there.
+# With $N$ parameters, the loss is about $a + b \cdot N^{-c}$: a power law
+# ([Kaplan et al.](https://arxiv.org/abs/2001.08361)) above a floor $a$. Fit it to three models, and
+# predict a fourth. For a given $c$, `torch.linalg.lstsq` finds $a$ and $b$.
+
 
 # %%
-own_text = Path(corpus.path).read_text(encoding="utf-8")
-play = pocket_play.play(100_000)
-both = Tokenizer(play + own_text)
-play_tokens = torch.tensor(both.encode(play))
-little = torch.tensor(both.encode(own_text[:20_000]))
-held_back = torch.tensor(both.encode(own_text[-10_000:]))
-play_config = replace(tiny, vocab_size=len(both.vocabulary))
+def loss_of_width(n_embd: int) -> tuple[int, float]:
+    """The number of parameters in the block, and the mean validation loss of three seeds."""
+    config = replace(tiny, block_size=8, n_embd=n_embd, n_layer=1, batch_size=64)
+    config = replace(config, max_iters=steps(500), warmup_iters=50, learning_rate=0.01)
+    models = [train(config, seed=seed)[0] for seed in (1, 2, 3)]
+    losses = [exact_loss(model, held_out) for model in models]
+    return sum(p.numel() for p in models[0].blocks.parameters()), sum(losses) / 3
 
-torch.manual_seed(1)
-generator = torch.Generator().manual_seed(1)
-pretrained = Model(play_config)
-optimizer = make_optimizer(pretrained, play_config)
-for _ in range(300):  # in quick mode too, or there would be nothing to go on from
-    for group in optimizer.param_groups:
-        group["lr"] = 3e-3
-    idx, targets = draw_batch(play_tokens, 32, 16, generator)
-    logits, loss = pretrained(idx, targets)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-print(f"on Pocket Play {exact_loss(pretrained, play_tokens[:20_000]):.3f}")
-print(f"on the other text {exact_loss(pretrained, held_back):.3f}")
 
-# %% [markdown]
-# Write the loop that goes on from the weights that `model` has, for so many steps at a constant
-# learning rate. Take `torch.optim.AdamW`, batches of 16 pieces of
-# `model.block_size` characters from `draw_batch`, and a generator with a
-# seed. Return the list of the losses.
+measured = [loss_of_width(n_embd) for n_embd in (8, 16, 32)]
+for N, loss in measured:
+    print(f"{N:6,} parameters: loss {loss:.3f}")
 
 
 # %% tags=["exercise"]
-def fine_tune(
-    model: nn.Module, tokens: Tensor, steps: int, learning_rate: float
-) -> list[float]: ...
+def fit_power_law(sizes: list[int], losses: list[float]) -> tuple[float, float, float]:
+    """The a, b and c with the smallest squared error."""
+    laws = []
+    for c in torch.linspace(0.01, 1.5, 1000).tolist():
+        a, b, error = ..., ..., ...
+        laws.append((error, a, b, c))
+    return ...
 
 
 # %% tags=["check"]
 @check
 def exercise_4() -> None:
-    tuned = copy.deepcopy(pretrained)
-    losses = given(fine_tune(tuned, little, 2, 0.0))
-    assert len(losses) == 2, f"2 steps make 2 losses, not {len(losses)}"
-    same = torch.equal(tuned.lm_head.weight, pretrained.lm_head.weight)
-    assert same, "with a learning rate of 0 nothing may change: is it the one that is given?"
-    before = exact_loss(tuned, held_back)
-    fine_tune(tuned, little, 100, 1e-3)
-    same = torch.equal(tuned.lm_head.weight, pretrained.lm_head.weight)
-    assert not same, "the model's weights are as before: train the model that is given, no other"
-    torch.manual_seed(1)
-    scratch = Model(play_config)
-    fine_tune(scratch, little, 100, 1e-3)
-    after, without = exact_loss(tuned, held_back), exact_loss(scratch, held_back)
-    print(f"held-back text: before {before:.3f}, after {after:.3f}, from scratch {without:.3f}")
-    print(f"and on Pocket Play, after: {exact_loss(tuned, play_tokens[:20_000]):.3f}")
-    assert after < before - 0.1, "it has hardly learnt: does each step forget the old gradients?"
-    assert after < without - 0.1, "no better than from scratch: do you begin with fresh weights?"
+    sizes = [1000, 4000, 16000, 64000]
+    a, b, c = given(fit_power_law(sizes, [1.5 + 20 * N**-0.4 for N in sizes]))
+    assert a > 0.1, "your law lets an infinite model predict text without any loss"
+    guess = a + b * 1e6**-c
+    message = f"on exact data, the loss at a million parameters is 1.580, yours {guess:.3f}"
+    assert abs(guess - 1.5 - 20 * 1e6**-0.4) < 0.005, message
+    a, b, c = fit_power_law(*map(list, zip(*measured, strict=True)))
+    N, loss = loss_of_width(48)
+    print(f"{a:.2f} + {b:.1f} * N ** -{c:.2f} predicts {a + b * N**-c:.3f}; measured: {loss:.3f}")
+    assert QUICK or abs(a + b * N**-c - loss) < 0.03, "the prediction is off by more than 0.03"
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def fine_tune(
-#     model: nn.Module, tokens: Tensor, steps: int, learning_rate: float
-# ) -> list[float]:
-#     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+# def fit_power_law(sizes, losses):
+#     N, loss, laws = torch.tensor(sizes).double(), torch.tensor(losses).double(), []
+#     for c in torch.linspace(0.01, 1.5, 1000).tolist():
+#         X = torch.stack((torch.ones_like(N), N**-c), dim=1)
+#         solution = torch.linalg.lstsq(X, loss[:, None]).solution
+#         error = (X @ solution - loss[:, None]).square().sum().item()
+#         laws.append((error, *solution.flatten().tolist(), c))
+#     return min(laws)[1:]
+# ```
+#
+# </details>
+#
+# ## After pre-training
+#
+# **Pre-training** is what you did: the model continues text. An assistant takes more:
+#
+# - **SFT**, supervised fine-tuning, continues training on prompts with answers that people wrote.
+#   The loss stays the same ([Ouyang et al.](https://arxiv.org/abs/2203.02155)).
+# - **RLHF**: people rank answers, and a reward model learns to predict their ranking. Reinforcement
+#   learning then raises the reward, with a penalty for moving far from the SFT model (same paper).
+# - **DPO** needs rankings, but no reward model and no reinforcement learning. Its loss makes
+#   preferred answers more likely and rejected ones less likely, relative to the SFT model
+#   ([Rafailov et al.](https://arxiv.org/abs/2305.18290)).
+#
+# ### Exercise 5: pre-train, then fine-tune
+#
+# The next cell pre-trains on Pocket Play, a text generated by a grammar. Fine-tune that model with
+# AdamW, a constant learning rate and batches of 16.
+
+# %%
+own_text = Path(corpus.path).read_text(encoding="utf-8")
+play = pocket_play.play(100_000)
+both = Tokenizer(play + own_text)  # a vocabulary for both texts
+play_ids, little, other = (
+    torch.tensor(both.encode(text)) for text in (play, own_text[:20_000], own_text[-10_000:])
+)
+play_config = replace(tiny, vocab_size=len(both.vocabulary), max_iters=300)
+pretrained, _ = train(play_config, play_ids)  # all steps in quick mode too
+print(f"loss on Pocket Play {exact_loss(pretrained, play_ids[:20_000]):.3f}")
+print(f"loss on the other text {exact_loss(pretrained, other):.3f}")
+
+
+# %% tags=["exercise"]
+def fine_tune(model: nn.Module, tokens: Tensor, count: int, learning_rate: float) -> list[float]:
+    """Train the given model for `count` steps, and return their losses."""
+    generator, losses = torch.Generator().manual_seed(1), []
+    for _ in range(count):
+        idx, targets = draw_batch(tokens, model.block_size, 16, generator)
+        _, loss = model(idx, targets)
+        losses.append(...)
+    return ...
+
+
+# %% tags=["check"]
+@check
+def exercise_5() -> None:
+    tuned = copy.deepcopy(pretrained)
+    losses = given(fine_tune(tuned, little, 2, 0.0))
+    assert len(losses) == 2, f"2 steps make 2 losses, not {len(losses)}"
+    same = torch.equal(tuned.lm_head.weight, pretrained.lm_head.weight)
+    assert same, "the weights changed at a learning rate of 0"
+    before = exact_loss(tuned, other)
+    fine_tune(tuned, little, 100, 1e-3)
+    same = torch.equal(tuned.lm_head.weight, pretrained.lm_head.weight)
+    assert not same, "the weights of the given model did not change"
+    torch.manual_seed(1)
+    scratch = Model(play_config)
+    fine_tune(scratch, little, 100, 1e-3)
+    after, without = exact_loss(tuned, other), exact_loss(scratch, other)
+    print(f"loss before {before:.3f}, after {after:.3f}, without pre-training {without:.3f}")
+    print(f"on Pocket Play, after: {exact_loss(tuned, play_ids[:20_000]):.3f}")
+    assert after < before - 0.1, "it has hardly learned: are old gradients still in .grad?"
+    assert after < without - 0.1, "no better than without pre-training: are the weights fresh?"
+
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def fine_tune(model, tokens, count, learning_rate):
 #     generator = torch.Generator().manual_seed(1)
+#     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
 #     losses = []
-#     for _ in range(steps):
+#     for _ in range(count):
 #         idx, targets = draw_batch(tokens, model.block_size, 16, generator)
 #         _, loss = model(idx, targets)
 #         optimizer.zero_grad()
@@ -1323,13 +991,61 @@ def exercise_4() -> None:
 #     return losses
 # ```
 #
-# From the pre-trained weights it comes further in the same number of steps: line breaks, spaces and
-# the frequent letters are much the same in both texts. And look at the last number: on Pocket Play
-# it has become worse. What is not practised is forgotten.
-#
-# `python gpt.py --init-from RUN_FOLDER --data FILE` does the same with a whole run
-# (`--extend-vocabulary` where the file has new characters).
-#
 # </details>
 #
-# The ladder ends here. [08_modern_gpt](08_modern_gpt.ipynb) asks what has changed since GPT-2.
+# ## Encoders and decoders
+#
+# GPT is a **decoder**: a causal mask lets it generate. An **encoder**, such as BERT, has no mask
+# and reads a complete text. In **cross-attention**, as in the first Transformer, a decoder's
+# queries attend to keys and values from an encoder.
+#
+# ## The script
+#
+# `git diff --no-index layer_norm.py gpt.py` shows dropout, initialization and cache in the classes,
+# and two new functions. In `main`, the loop gains the learning rate, micro-batches and clipping.
+#
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. Why does dropout divide by $1-p$?
+#
+# <details><summary>Answer</summary>
+# Each activation keeps its expected value, so evaluation needs no correction.
+# </details>
+#
+# 2. Adam ignores the scale of gradients. What is clipping for?
+#
+# <details><summary>Answer</summary>
+# For spikes: a gradient far larger than the others would dominate m and v for many steps.
+# </details>
+#
+# 3. Why warm up?
+#
+# <details><summary>Answer</summary>
+# While m and v come from few gradients, steps are as long for noise as for signal; and the loss
+# surface is sharp.
+# </details>
+#
+# 4. When is a cached key wrong?
+#
+# <details><summary>Answer</summary>
+# When earlier positions can change: without a causal mask, or when the window moves and each
+# character gets another position embedding.
+# </details>
+#
+# 5. The training loss falls while the validation loss rises. What now?
+#
+# <details><summary>Answer</summary>
+# The model overfits: use more text, fewer steps, a smaller model, or more dropout.
+# </details>
+#
+# ## Papers
+#
+# - Radford et al. 2019, [GPT-2](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
+# - Srivastava et al. 2014, [Dropout](https://jmlr.org/papers/v15/srivastava14a.html)
+# - Loshchilov & Hutter 2017, [AdamW](https://arxiv.org/abs/1711.05101)
+# - Press & Wolf 2016, [weight tying](https://arxiv.org/abs/1608.05859)
+
+# %% [markdown]
+# **Next →** [08_modern_gpt](08_modern_gpt.ipynb)
