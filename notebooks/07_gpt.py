@@ -16,7 +16,7 @@
 # You scale the model up and add what a larger model needs to train well: dropout, a careful
 # initialization, AdamW with a schedule, and gradient clipping. A KV cache makes sampling faster.
 #
-# With `gpt.py`'s preset `small`, the validation loss drops from about 2.06 to about 1.62 nats per
+# With `gpt.py`'s preset `small`, the validation loss drops from about 2.06 to about 1.63 nats per
 # character. The notebook takes about 90 minutes.
 #
 # ![The model of gpt.py](../results/diagrams/gpt.svg)

@@ -115,7 +115,7 @@ def test_two_processes_learn_what_one_does(torchrun, run, text, tmp_path):
     assert list(folder.parent.iterdir()) == [folder]
     assert {path.name for path in folder.iterdir()} == set(RUN_FILES)
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["processes"] == 2
-    for beginning in ("gpt: 2,272", "run folder", "step     0", "step    20", "best validation"):
+    for beginning in ("gpt: 2,272", "run folder", "step     0", "step    20", r"\* best"):
         assert len(re.findall(f"^{beginning}", output, re.MULTILINE)) == 1, output
     assert output.endswith((folder / "sample.txt").read_text(encoding="utf-8") + "\n")
 

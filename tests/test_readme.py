@@ -32,6 +32,7 @@ def test_every_script_that_it_says_to_run_exists():
     pattern = r"(?:python|python3|torchrun)\S*(?: -\S+)* ([\w/]+\.py)\b"
     scripts = set(re.findall(pattern, EVERYTHING))
     assert {"bigram.py", "gpt.py", "sample.py"} <= scripts
+    scripts -= {"my_gpt.py"}  # the reader's own
     assert not [name for name in scripts if not (ROOT / name).exists()]
 
 
@@ -53,7 +54,7 @@ def test_every_link_leads_somewhere(page):
     anchors = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
     links = re.findall(r"\]\(([^)\s]+)\)", content)
     links += re.findall(r"\b(?:src|srcset|href)=\"([^\"]+)\"", content)
-    assert links
+    assert links or page != "README.md"
     for link in links:
         path, _, anchor = re.sub(r"\s", "", link).partition("#")
         if not path.startswith(("http:", "https:")):
