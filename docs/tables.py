@@ -40,7 +40,7 @@ def idea(command: str) -> str:
 def notes(name: str) -> None:
     """What compare.py says below its table."""
     lines = (ROOT / "results" / name / "table.md").read_text(encoding="utf-8").splitlines()
-    cog.outl("\n".join(line for line in lines if line and not line.startswith("|")))
+    cog.outl("\n".join(f"- {line}" for line in lines if line and not line.startswith("|")))
 
 
 def include(name: str) -> None:
