@@ -155,7 +155,7 @@ def test_the_diff_is_the_lesson(before, after):
 
 
 SIZE_LIMITS = {"gpt.py": 220, "modern_gpt.py": 340, "common.py": 100}
-SIZE_LIMITS |= {"trainer/*.py": 1515, "tests/*.py": 5010}
+SIZE_LIMITS |= {"trainer/*.py": 1515, "tests/*.py": 5020}
 
 
 @pytest.mark.parametrize("pattern, most", SIZE_LIMITS.items())

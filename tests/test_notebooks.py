@@ -167,6 +167,23 @@ def test_it_runs_from_a_clean_kernel_and_its_exercises_check(name, monkeypatch):
             assert re.match(expected, each), f"exercise {i + 1}, {tag}: {each!r}"
 
 
+@pytest.mark.slow
+def test_a_check_notices_a_failed_cell_and_names_the_readers_line():
+    checking = "@check\ndef exercise_1() -> None:\n    assert f([1, 2]) == 1, 'it is not 1'"
+    codes = ["from lesson import check", "def f(x):\n    return x[0]", checking]
+    codes += ["def f(x)\n    return x[1]", checking]  # the colon is missing
+    codes += ["def f(x):\n    y = 9\n    return x[y]", checking]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(each) for each in codes])
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+    NotebookClient(notebook, timeout=60, allow_errors=True, resources=resources).execute()
+    right, stale, broken = (
+        "".join(map(words_of, cell.outputs)) for cell in notebook.cells if cell.source == checking
+    )
+    assert right == "✓ Right."
+    assert "the cell that you ran last stopped with SyntaxError" in stale
+    assert "IndexError" in broken and "in line 3 of f: return x[y]" in broken
+
+
 def test_a_notebook_gets_a_badge_once_the_repository_is_known():
     without, known = (build.source("01_bigram", address) for address in ("", "someone/a-course"))
     assert "colab" not in str(without).lower()
