@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 def ensemble_loss(runs: list[TrainedRun], corpus: Corpus) -> float | None:
     """On the validation split, of at least two runs; None if a checkpoint cannot be used."""
+    if len(runs) < 2:
+        return None
     try:
         log_probs = [target_log_probs(run, corpus) for run in runs]
     except UserError:  # such as a script that has changed since
-        return None
-    if len(runs) < 2:
         return None
     mean = torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(runs))
     return -mean.mean().item()

@@ -278,7 +278,7 @@ def draw_play(characters: int = 1_000_000, seed: int = 1) -> tuple[str, float]:
 
 
 def write(path: Path) -> tuple[str, float]:
-    """Write the play, and return it and its -ln p. Nobody ever meets a half-written file."""
+    """Write the play, and return it and its -ln p. No process sees a half-written file."""
     text, nats = draw_play()
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     unfinished.write_bytes(text.encode())

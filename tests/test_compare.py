@@ -426,8 +426,10 @@ def test_modern_compares_each_idea_with_all(corpus, tmp_path, monkeypatch, run):
     assert "over modern_gpt --preset small" in output
 
 
-@pytest.mark.parametrize("name", ["ladder"])  # "ideas" too, once it is measured again
+@pytest.mark.parametrize("name", ["ladder", "ideas"])
 def test_the_results_are_of_the_models_that_are_here(name):
+    if "earlier version" in (ROOT / "results" / name / "table.md").read_text(encoding="utf-8"):
+        pytest.skip("these are of another model, and the page says so")
     with (ROOT / "results" / name / "losses.csv").open(encoding="utf-8", newline="") as file:
         results = list(csv.DictReader(file))
     for result in {(row["stage"], row["flags"]): row for row in results}.values():
