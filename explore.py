@@ -1,0 +1,104 @@
+"""Look inside your own models: one page that runs them in the browser, without a network.
+
+    python explore.py runs/gpt                              writes runs/gpt/explore.html
+    python explore.py runs/bigram runs/layer_norm runs/gpt  one page to compare these runs
+
+In a notebook: `from explore import show; show("runs/gpt")`.
+"""
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer import UserError, cli
+from common import Tokenizer
+from explorer.steps import describe
+from sample import rebuild, stage_module
+from trainer.checkpoint import read_checkpoint
+from trainer.corpus import open_corpus
+from trainer.flags import Parser, path_of
+from trainer.folder import write_whole
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+PARTS = Path(__file__).resolve().parent / "explorer"
+PASSAGE = 64  # characters of the text that the page shows first
+
+
+def model_data(folder: Path) -> tuple[dict[str, Any], str]:
+    """What the page needs to know about a run, and its weights: float16 numbers in base64."""
+    checkpoint = read_checkpoint(folder / "best.pt")
+    model, tokenizer = rebuild(checkpoint, "cpu")
+    about, tensors = describe(model)
+    script = Path(stage_module(checkpoint["stage"]).__file__)
+    source = script.read_text(encoding="utf-8").split("\n")
+    lines = {n for step in about["steps"] for n in (step["line"], *step.get("lines", {}).values())}
+    about |= {
+        "name": folder.resolve().name,
+        "stage": checkpoint["stage"],
+        "vocabulary": list(tokenizer.vocabulary),
+        "corpus": checkpoint["corpus"]["name"],
+        "passage": passage(checkpoint["corpus"]["path"], tokenizer, model.block_size),
+        "valLoss": checkpoint["val_loss"],
+        "step": checkpoint["step"],
+        "parameters": checkpoint["parameters"],
+        "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "source": {n: source[n - 1].strip() for n in sorted(filter(None, lines))},
+    }
+    largest = torch.finfo(torch.float16).max
+    halves = [tensor.clamp(-largest, largest).half().numpy() for tensor in tensors.values()]
+    numbers = b"".join(each.astype("<f2").tobytes() for each in halves)
+    return about, base64.b64encode(numbers).decode("ascii")
+
+
+def passage(path: str, tokenizer: Tokenizer, block_size: int) -> str:
+    """The beginning of the validation split, or if the text is gone, of the vocabulary."""
+    try:
+        corpus = open_corpus(Path(path))
+        text = Tokenizer(corpus.vocabulary).decode(corpus.validation[:PASSAGE].tolist())
+    except UserError:
+        text = tokenizer.vocabulary
+    return "".join(each for each in text if each in tokenizer.ids)[: max(2, block_size)]
+
+
+def page(folders: list[Path]) -> bytes:
+    """The page of one or several runs."""
+    abouts, weights = zip(*map(model_data, folders), strict=True)
+    loader = FileSystemLoader(PARTS, encoding="utf-8")
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    texts = {
+        name.replace(".", "_"): Markup((PARTS / name).read_text(encoding="utf-8"))
+        for name in ("model.js", "worker.js", "page.js", "page.css")
+    }
+    # In a script element only "<" could end the JSON early; nothing else is read as HTML.
+    models = Markup(json.dumps(abouts).replace("<", "\\u003c"))
+    title = "Explore " + ", ".join(about["name"] for about in abouts)
+    values = {"title": title, "models": models, "weights": weights, **texts}
+    return template.get_template("page.html").render(values).encode("utf-8", errors="replace")
+
+
+def show(*folders: str | Path) -> Any:
+    """The page in a notebook."""
+    from IPython.display import HTML
+
+    source = html.escape(page([Path(each) for each in folders]).decode("utf-8"))
+    return HTML(f'<iframe srcdoc="{source}" width="100%" height="900" frameborder="0"></iframe>')
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    words = "such as runs/gpt; the page is written into the first one"
+    parser.add_argument("folders", nargs="+", type=path_of, metavar="RUN_FOLDER", help=words)
+    parser.add_argument("--out", type=path_of, metavar="FILE", help="where to write the page")
+    options = parser.parse_args()
+    out = options.out or options.folders[0] / "explore.html"
+    write_whole(out, page(options.folders))
+    print(f"{out.resolve().as_uri()}")
+
+
+if __name__ == "__main__":
+    cli(main)
