@@ -1,10 +1,10 @@
 """Stage 4 of 8: multi-head attention, batched.
 
-This computes the same function as a list of heads, but for all heads at once. One matrix product
-yields every query, key and value; the heads become one more batch dimension.
+This layer computes the same function as the list of heads, but for all heads at once. One matrix
+product yields every query, key and value; the heads become one more batch dimension.
 
-This makes it faster; the loss does not change. A few large matrix products use a CPU or GPU better
-than many small ones.
+Training gets faster, and the loss does not change: a few large matrix products use a CPU or GPU
+better than many small ones.
 
     python batched_attention.py
 """
@@ -29,7 +29,7 @@ class Config:
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # AdamW's step size; bigram.py's 1e-2 is too large for deep models
+    learning_rate: float = 1e-3  # AdamW's step size
 
 
 class MultiHeadAttention(nn.Module):
@@ -38,7 +38,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        # No biases: a key bias cancels in softmax, and out_proj's bias absorbs a value bias.
+        # No biases, as in the lecture; a key bias would cancel in softmax anyway.
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)

@@ -4,9 +4,9 @@ A **language model** predicts what comes next. This one is a table with one row 
 row of the current character holds a **logit**, an unnormalized score, for every character that
 could follow. Training adjusts the logits until softmax turns each row into the text's frequencies.
 
-It is about as simple as a language model gets, and it is the baseline for all
-later stages. The batches, the
-loss, the sampling and the core of the training loop stay the same in every later stage.
+It is about as simple as a language model gets, and it is the baseline for everything that follows.
+The batches, the loss, the sampling and the core of the training loop stay the same in all later
+stages.
 
     python bigram.py
 """

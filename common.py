@@ -37,7 +37,7 @@ def draw_batch(
     tokens: Tensor, block_size: int, batch_size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Random windows of the text, and as targets the same windows shifted by one character."""
-    windows = tokens.unfold(0, block_size + 1, 1)  # every window there is: a view, not a copy
+    windows = tokens.unfold(0, block_size + 1, 1)  # all possible windows: a view, not a copy
     starts = torch.randint(len(windows), (batch_size,), generator=generator)
     batch = windows[starts].long()  # (B, T+1)
     return batch[:, :-1], batch[:, 1:]  # (B, T) each
@@ -89,6 +89,6 @@ def choose(
     if temperature == 0:
         return int(logits.argmax())
     logits, candidates = logits.topk(min(top_k or len(logits), len(logits)))
-    # With 0 as the largest logit, and in double precision, no temperature is too small.
+    # With 0 as the largest logit, and in float64, even a tiny temperature cannot overflow.
     probabilities = F.softmax((logits - logits[0]).double() / temperature, dim=0)
     return int(candidates[torch.multinomial(probabilities, 1, generator=generator)])

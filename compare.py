@@ -1,9 +1,9 @@
-"""Compare models: train the runs that are missing, then show what each stage improves.
+"""Compare models: train the runs that are missing, then show how much each stage improves.
 
     python compare.py                              every stage, with three seeds
     python compare.py runs/gpt runs/my_gpt         exactly these runs
     python compare.py gpt "my_gpt --n-embd 96"     these scripts, with these flags
-    python compare.py --modern                     modern_gpt.py without each of its ideas
+    python compare.py --modern                     modern_gpt.py with each idea removed in turn
     python compare.py --max-iters 200 --seeds 1    a quick look, without improvements
 
 Prints a table, and writes it with the loss curves, samples and code to report.html. Runs that
@@ -54,7 +54,7 @@ SMALL_STAGES = (
     "layer_norm --norm post",
 )
 STAGES = (*dict.fromkeys(each.split()[0] for each in SMALL_STAGES), "gpt", "modern_gpt")
-MOST_AT_ONCE = 4  # runs; each loads a PyTorch of its own
+MOST_AT_ONCE = 4  # a limit, because each run loads its own copy of PyTorch
 QUICK = (
     "A quick look: it shows no improvements, because after so few steps simple models can be ahead."
 )
@@ -65,8 +65,8 @@ class CompareSettings:
     seeds: int | None = None  # runs per row, with seeds 1 to N (default 3; with --no-train: all)
     data: Path | None = None  # UTF-8 text to train on, or a folder that prepare.py made
     max_iters: int | None = None  # training steps of each run (default: its own)
-    modern: bool = False  # ablation study: modern_gpt.py without each of its ideas
-    no_train: bool = False  # compare only the runs that exist
+    modern: bool = False  # ablation study: modern_gpt.py with each idea removed in turn
+    no_train: bool = False  # compare only existing runs
     out: Path | None = None  # folder for table, pictures and report (default: below runs/compare)
 
 
@@ -95,7 +95,7 @@ class Comparison:
     corpus: Corpus
     device: str
     commands: list[str]
-    more: list[str]  # flags that all have in common
+    more: list[str]  # flags that all commands share
     seeds: range
 
     @cached_property
@@ -107,7 +107,7 @@ class Comparison:
     def find(self) -> dict[tuple[str, int], TrainedRun]:
         """The runs that exist, by command and seed; unfinished ones only if they are our own."""
         found: dict[tuple[str, int], TrainedRun] = {}
-        for path in sorted(Path("runs").rglob("[!.]*/config.json")):  # not those of a killed start
+        for path in sorted(Path("runs").rglob("[!.]*/config.json")):  # "." skips killed starts
             with contextlib.suppress(UserError):  # such as a damaged run
                 run = read_run(path.parent)
                 about = run.about["corpus"]["sha256"], run.about["device"], run.about["init_from"]
@@ -123,7 +123,7 @@ class Comparison:
         return {key: found[key] for key in sorted(found, key=lambda key: (order(key[0]), key[1]))}
 
     def jobs(self, found: dict[tuple[str, int], TrainedRun]) -> list[Job]:
-        """What is missing: all with the first seed, then the second, and so on; large ones last."""
+        """The missing runs: first those with the first seed, and so on; large models last."""
         jobs = []
         for seed, command in itertools.product(self.seeds, self.commands):
             run, config = found.get((command, seed)), self.configs[command]
@@ -141,7 +141,7 @@ class Comparison:
 
     @property
     def is_quick(self) -> bool:
-        """Whether the runs are shorter than their scripts are made for."""
+        """Whether any run has fewer steps than its script's default."""
         usual = {each: wanted_config(each, self.device)["max_iters"] for each in self.commands}
         return any(usual[each] > self.configs[each]["max_iters"] for each in usual)
 
@@ -158,7 +158,7 @@ def main() -> None:
     if runs:
         rows, warning, failed = rows_of(runs), "", []
         if corpus.sha256 != runs[0].about["corpus"]["sha256"]:
-            raise UserError(f"{corpus.path} is not the text of these runs: name it with --data")
+            raise UserError(f"{corpus.path} is not the text of these runs: pass theirs as --data")
         link(rows, over_first=True)
     else:
         rows, warning, failed = trained_rows(options, corpus)
@@ -177,7 +177,7 @@ def named_runs(options: argparse.Namespace) -> list[TrainedRun]:
     """The runs whose folders are named."""
     for name in ("seeds", "max_iters", "no_train"):
         if getattr(options, name):
-            raise UserError(f"{flag(name)} is for scripts, and you name folders: leave it out")
+            raise UserError(f"{flag(name)} is for scripts, not for folders of runs: leave it out")
     runs = [read_run(Path(folder)) for folder in options.what]
     texts = {run.about["corpus"]["sha256"]: run for run in runs}
     if len(texts) > 1:
@@ -187,7 +187,7 @@ def named_runs(options: argparse.Namespace) -> list[TrainedRun]:
 
 
 def text_of(runs: list[TrainedRun]) -> Path | None:
-    """Where their text is; Tiny Shakespeare is found wherever it is now."""
+    """Where the text of these runs is; None for Tiny Shakespeare, which may have moved."""
     text = runs[0].about["corpus"] if runs else {"sha256": TINY_SHAKESPEARE_SHA256}
     return None if text["sha256"] == TINY_SHAKESPEARE_SHA256 else Path(text["path"])
 
@@ -229,7 +229,7 @@ def commands_of(options: argparse.Namespace, device: str) -> list[str]:
 
 
 def link(rows: list[Row], over_first: bool) -> None:
-    """What each row improves on: the first one, or the stage before it, of the same size if any."""
+    """Set each row's baseline: the first row, or the previous stage, if possible of its size."""
     for i, row in enumerate(rows):
         stages = [other for other in rows[:i] if not other.is_variant]
         row.is_variant = not over_first and any(
@@ -242,7 +242,7 @@ def link(rows: list[Row], over_first: bool) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """For the comparison's files; its losses.csv must not replace that of a run."""
+    """Make a folder for the comparison's files; its losses.csv must not replace that of a run."""
     if any(os.path.exists(out / name) for name in ("config.json", "checkpoint.pt")):
         raise UserError(f"{out} holds a run: choose another folder with --out")
     try:

@@ -8,14 +8,16 @@ In a notebook: `from explore import show; show("runs/gpt")`.
 
 import base64
 import html
+import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from trainer import UserError, cli
-from common import Tokenizer
+from common import LanguageModel, Tokenizer
 from explorer.steps import describe
-from sample import rebuild, stage_module
+from sample import rebuild
 from trainer.checkpoint import read_checkpoint
 from trainer.corpus import open_corpus
 from trainer.flags import Parser, path_of
@@ -29,16 +31,23 @@ PARTS = Path(__file__).resolve().parent / "explorer"
 PASSAGE = 64  # characters of the text that the page shows first
 
 
-def model_data(folder: Path) -> tuple[dict[str, Any], str]:
-    """What the page needs to know about a run, and its weights: float16 numbers in base64."""
+Packed = tuple[dict[str, Any], str]  # what the page needs to know about a run, and its weights
+
+
+def pack(folder: Path) -> Packed:
     checkpoint = read_checkpoint(folder / "best.pt")
-    model, tokenizer = rebuild(checkpoint, "cpu")
+    return pack_model(*rebuild(checkpoint, "cpu"), folder.resolve().name, checkpoint)
+
+
+def pack_model(
+    model: LanguageModel, tokenizer: Tokenizer, name: str, checkpoint: dict[str, Any]
+) -> Packed:
+    """The model as a list of steps, and its weights: float16 numbers in base64."""
     about, tensors = describe(model)
-    script = Path(stage_module(checkpoint["stage"]).__file__)
-    source = script.read_text(encoding="utf-8").split("\n")
+    source = inspect.getsource(sys.modules[type(model).__module__]).split("\n")
     lines = {n for step in about["steps"] for n in (step["line"], *step.get("lines", {}).values())}
     about |= {
-        "name": folder.resolve().name,
+        "name": name,
         "stage": checkpoint["stage"],
         "vocabulary": list(tokenizer.vocabulary),
         "corpus": checkpoint["corpus"]["name"],
@@ -65,14 +74,14 @@ def passage(path: str, tokenizer: Tokenizer, block_size: int) -> str:
     return "".join(each for each in text if each in tokenizer.ids)[: max(2, block_size)]
 
 
-def page(folders: list[Path]) -> bytes:
-    """The page of one or several runs."""
-    abouts, weights = zip(*map(model_data, folders), strict=True)
+def page(packed: list[Packed]) -> bytes:
+    """The page of one or several models."""
+    abouts, weights = zip(*packed, strict=True)
     loader = FileSystemLoader(PARTS, encoding="utf-8")
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    files = [*PARTS.glob("*.js"), *PARTS.glob("*.css")]
     texts = {
-        name.replace(".", "_"): Markup((PARTS / name).read_text(encoding="utf-8"))
-        for name in ("model.js", "worker.js", "page.js", "page.css")
+        path.name.replace(".", "_"): Markup(path.read_text(encoding="utf-8")) for path in files
     }
     # In a script element only "<" could end the JSON early; nothing else is read as HTML.
     models = Markup(json.dumps(abouts).replace("<", "\\u003c"))
@@ -85,7 +94,7 @@ def show(*folders: str | Path) -> Any:
     """The page in a notebook."""
     from IPython.display import HTML
 
-    source = html.escape(page([Path(each) for each in folders]).decode("utf-8"))
+    source = html.escape(page([pack(Path(each)) for each in folders]).decode("utf-8"))
     return HTML(f'<iframe srcdoc="{source}" width="100%" height="900" frameborder="0"></iframe>')
 
 
@@ -96,8 +105,8 @@ def main() -> None:
     parser.add_argument("--out", type=path_of, metavar="FILE", help="where to write the page")
     options = parser.parse_args()
     out = options.out or options.folders[0] / "explore.html"
-    write_whole(out, page(options.folders))
-    print(f"{out.resolve().as_uri()}")
+    write_whole(out, page([pack(folder) for folder in options.folders]))
+    print(out.resolve().as_uri())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python export.py runs/gpt --out exported
 
 gpt.py has GPT-2's layers under plainer names: weights are renamed, and some are transposed, but
-no value changes. The other files describe the model and its tokenizer. In transformers, a prompt
-and its continuation must fit into block_size together; sample.py drops the older half of the
+no value changes. The other files describe the model and its tokenizer. In transformers, the prompt
+and its continuation together must fit into block_size; sample.py drops the older half of the
 context instead.
 
 This needs one more package: python -m pip install -r requirements-export.txt
@@ -51,9 +51,9 @@ def gpt2_weights(model: nn.Module) -> dict[str, Tensor]:
         name = ".".join(GPT2_NAMES.get(part, part) for part in name.split("."))
         weight = parameter.detach()
         if name.startswith("transformer.h.") and weight.dim() == 2:
-            weight = weight.T  # GPT-2 keeps the matrices of its blocks as (inputs, outputs)
+            weight = weight.T  # GPT-2 stores the matrices of its blocks as (inputs, outputs)
         weights[name] = weight.contiguous()
-        if name.endswith("c_attn.weight"):  # GPT-2 adds a bias here, gpt.py does not
+        if name.endswith("c_attn.weight"):  # GPT-2 adds a bias here; gpt.py does not
             weights[name.replace("weight", "bias")] = torch.zeros(weight.shape[1])
     return weights
 
@@ -104,14 +104,14 @@ def tokenizer_config(config: Config) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.block_size,
-        # Otherwise transformers 4 makes token types too, which GPT-2 would add to the embeddings.
+        # Otherwise transformers 4 creates token types too, and GPT-2 adds them to the embeddings.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the files into a temporary folder, then rename it: all of them are there, or none."""
+    """Write the files into a temporary folder, then rename it: all of them appear, or none."""
     partial = folder.parent / f"{folder.name}.{os.getpid()}.part"
     try:
         taken = any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder)
@@ -122,7 +122,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
             for name, content in files.items():
                 (partial / name).write_bytes(content)
             if folder.exists():
-                folder.rmdir()  # it is empty; on Windows nothing may be where a folder goes
+                folder.rmdir()  # it is empty; on Windows, a rename cannot replace a folder
             rename(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -147,7 +147,7 @@ def main() -> None:
             "only runs of gpt.py can be exported"
         )
     try:
-        from safetensors.torch import save  # here: only export.py needs it
+        from safetensors.torch import save  # imported here because only export.py needs it
     except ImportError:
         raise UserError(
             "the package safetensors is missing: python -m pip install -r requirements-export.txt"

@@ -29,7 +29,7 @@ class Config:
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # AdamW's step size; bigram.py's 1e-2 is too large for deep models
+    learning_rate: float = 1e-3  # AdamW's step size
 
 
 class MultiHeadAttention(nn.Module):
@@ -38,7 +38,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        # No biases: a key bias cancels in softmax, and out_proj's bias absorbs a value bias.
+        # No biases, as in the lecture; a key bias would cancel in softmax anyway.
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)

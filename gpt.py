@@ -8,10 +8,10 @@ The blocks stay the same. This stage adds what a larger model needs to train wel
 - a **learning-rate schedule**: linear warm-up, then cosine decay to a tenth of the peak;
 - **gradient clipping**, which caps the gradient norm in case of an unusual batch;
 - **gradient accumulation**: a batch too large to process at once is split into **micro-batches**;
-- a **KV cache**, which lets sampling compute each position's keys and values only once.
+- a **KV cache**, so that sampling computes each position's keys and values only once.
 
-The lower loss comes from more width, depth and context; these techniques make training at that
-size work.
+Most of the lower loss should come from more width, depth, context and training text, not from these
+techniques.
 
     python gpt.py                         the preset that suits this machine
     python gpt.py --preset full           10.8 M parameters, for a GPU
@@ -42,7 +42,7 @@ class Config:
     batch_size: int = 64  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 250  # steps between evaluations
-    learning_rate: float = 1e-3  # size of AdamW's steps, at its peak
+    learning_rate: float = 1e-3  # AdamW's step size, at the peak of the schedule
     warmup_iters: NonNegativeInt = 100  # steps over which the learning rate rises to its peak
     weight_decay: NonNegative = 0.1  # each step shrinks matrices by this times the learning rate
     gradient_clip: float = 1.0  # maximum gradient norm
@@ -83,10 +83,10 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        # No biases: a key bias cancels in softmax, and out_proj's bias absorbs a value bias.
+        # No biases, as in the lecture; a key bias would cancel in softmax anyway.
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = Dropout(config.dropout)  # of attention weights
+        self.dropout = Dropout(config.dropout)  # drops attention weights
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -95,7 +95,7 @@ class MultiHeadAttention(nn.Module):
         query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
             key, value = cache.extend(key, value)  # (B, H, S, D) each
-        # The scores, mask, softmax and weighted average of layer_norm.py, as fast as possible.
+        # Scores, mask, softmax and weighted average as in layer_norm.py, but faster.
         x = attention(query, key, value, self.dropout)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.out_proj(x)

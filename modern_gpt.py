@@ -2,7 +2,7 @@
 
 Each has a switch: `--no-rope` disables RoPE. With all of them off, the model is that of gpt.py.
 
-- `rms_norm`: **RMSNorm** divides a vector by its root mean square; no mean, no learned scale.
+- `rms_norm`: **RMSNorm** divides a vector by its root mean square; here without a learned scale.
 - `rope`: **rotary position embedding** rotates queries and keys by angles proportional to the
   position, so scores depend on relative positions; it replaces the position table.
 - `qk_norm`: queries and keys are normalized, which bounds the scores.
@@ -59,8 +59,8 @@ class Config:
     batch_size: int = 16  # B: sequences per training step
     max_iters: int = 1400  # training steps
     eval_interval: int = 350  # steps between evaluations
-    learning_rate: float = 3e-3  # size of AdamW's steps, at its peak
-    muon_learning_rate: float = 1e-2  # size of Muon's steps, at its peak
+    learning_rate: float = 3e-3  # AdamW's step size, at the peak of the schedule
+    muon_learning_rate: float = 1e-2  # Muon's step size, at the peak of the schedule
     muon_momentum: Fraction = 0.9  # Muon's momentum coefficient
     warmup_iters: NonNegativeInt = 20  # steps over which the learning rates rise to their peak
     cooldown: PositiveFraction = 0.7  # fraction of steps over which learning rates decay to zero
@@ -71,12 +71,12 @@ class Config:
     qk_norm: bool = True  # normalized queries and keys
     bias_free: bool = True  # no biases in linear layers
     squared_relu: bool = True  # ReLU squared instead of ReLU
-    zero_init: bool = True  # start blocks as identities: zero their output projections
+    zero_init: bool = True  # start blocks as the identity: zero their output projections
     token_shift: bool = True  # add a multiple of the previous character's embedding
     embedding_norm: bool = True  # normalize the embedding
     embedding_skip: bool = True  # add λ times the embedding in every block
     muon: bool = True  # Muon for the matrices in the blocks
-    linear_decay: bool = True  # decay learning rates linearly to zero, not as a cosine
+    linear_decay: bool = True  # decay learning rates linearly to zero, not along a cosine
 
 
 PRESETS = {
@@ -105,7 +105,7 @@ PRESETS = {
 class KVCache:
     """Keeps the keys and values that later positions attend to; with RoPE the window slides.
 
-    For `token_shift`, the first block's also keeps the last embedding.
+    For `token_shift`, the first block's cache also keeps the last embedding.
     """
 
     def __init__(self, size: int) -> None:
@@ -166,7 +166,7 @@ class MultiHeadAttention(nn.Module):
         self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
         self.rope = RoPE(config.n_embd // config.n_head) if config.rope else None
         self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=not config.bias_free)
-        self.dropout = Dropout(config.dropout)  # of attention weights
+        self.dropout = Dropout(config.dropout)  # drops attention weights
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -180,7 +180,7 @@ class MultiHeadAttention(nn.Module):
         query, key = query_key  # (B, H, T, D) each
         if cache is not None:
             key, value = cache.extend(key, value)  # (B, H, S, D) each
-        # The scores, mask, softmax and weighted average of layer_norm.py, as fast as possible.
+        # Scores, mask, softmax and weighted average as in layer_norm.py, but faster.
         x = attention(query, key, value, self.dropout, self.block_size)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.out_proj(x)
@@ -198,7 +198,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.up_proj(x))  # (B, T, 4*C)
         if self.squared_relu:
-            x = x * x  # on a CPU several times as fast as x.square()
+            x = x.square()
         return self.down_proj(x)  # (B, T, C)
 
 

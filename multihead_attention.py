@@ -4,7 +4,7 @@ Several smaller heads read the same input in parallel. Their outputs are concate
 layer, the **output projection**, mixes them.
 
 One head has one set of attention weights per position, so it looks for one thing at a time. Four
-heads can look for four, such as the previous character, the last vowel, and the start of the word.
+heads can look for four things, such as the previous character, the last vowel, or the last space.
 
     python multihead_attention.py
 """
@@ -29,7 +29,7 @@ class Config:
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # AdamW's step size; bigram.py's 1e-2 is too large for deep models
+    learning_rate: float = 1e-3  # AdamW's step size
 
 
 class Head(nn.Module):
@@ -37,7 +37,7 @@ class Head(nn.Module):
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
-        # No biases: a key bias cancels in softmax, and a value bias only adds a constant.
+        # No biases, as in the lecture; a key bias would cancel in softmax anyway.
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
         self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
@@ -57,7 +57,7 @@ class Head(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Several heads side by side; a linear layer mixes their outputs."""
+    """Several heads in parallel; a linear layer mixes their outputs."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Encode texts of any size as token ids on disk, to train on without loading them into memory.
+"""Encode texts of any size as token ids on disk, so that training need not load them into memory.
 
     python prepare.py part1.txt part2.txt --out data/mine
     python gpt.py --data data/mine
@@ -103,7 +103,7 @@ def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
                 room = max(0, room - len(ids))
     for path, before, now in zip(texts, sources, sources_now, strict=True):
         if before != now:
-            raise UserError(f"{path} changed while it was read: try again once it is complete")
+            raise UserError(f"{path} changed while it was being read: run this again")
     meta = {
         "format": FORMAT,
         "vocabulary": vocabulary,
@@ -118,7 +118,7 @@ def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
 
 def refuse_vocabulary(vocabulary: str) -> None:
     if len(vocabulary) == 1:
-        raise UserError(f"the text repeats one character, {vocabulary!r}: nothing to learn there")
+        raise UserError(f"the text only repeats one character, {vocabulary!r}: name another text")
     if len(vocabulary) > MAX_VOCABULARY:
         raise UserError(
             f"the text has {len(vocabulary):,} distinct characters, but at most "
@@ -127,7 +127,7 @@ def refuse_vocabulary(vocabulary: str) -> None:
 
 
 def characters(count: int, different: int) -> dict[str, int]:
-    """Number of characters: in all, distinct, and in each split."""
+    """Number of characters: in total, distinct, and in each split."""
     border = split_index(count)
     return {"all": count, "different": different, "train": border, "validation": count - border}
 
@@ -164,13 +164,13 @@ def code_points(texts: list[Path], sources: list[dict], bar: tqdm) -> Iterator[n
 
 
 class PreparedCorpus(Corpus):
-    """A corpus whose training split stays on disk, where something may happen to it."""
+    """A corpus whose training split stays on disk, where it may change."""
 
     def draw(self, block_size: int, batch_size: int, generator: torch.Generator) -> Batch:
-        # Reading past the end of a file that has shrunk would end the process without a word.
+        # Reading past the end of a file that has shrunk would crash the process without a message.
         path = Path(self.path, "train.bin")
         if path.exists() and path.stat().st_size < len(self.train) * ID_DTYPE.itemsize:
-            raise UserError(f"{path} has shrunk while it was in use: restore it, then --resume")
+            raise UserError(f"{path} has shrunk while in use: restore it, then --resume")
         return super().draw(block_size, batch_size, generator)
 
     def ids(self, tokens: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ Attention and feed-forward form a `Block`, and blocks are stacked. Each of these
 adds its output to its input; this is a **skip connection**. The running sum is called the
 **residual stream**.
 
-Deeper models can learn more, but a plain stack of three blocks trains worse than one block. More
-than half of that comes from the initialization: PyTorch's default shrinks signal and gradient to
-about 8% per block. Skip connections pass both through unchanged, whatever the weights are.
+Deeper models can learn more, but a plain stack of three blocks trains worse than one block. That
+comes from the initialization: with PyTorch's default, each block shrinks the gradient, and the part
+of the signal that depends on the input, to roughly 8%. Initialized better, the plain stack matches
+one block, but stays well behind skip connections, which pass signal and gradient through unchanged.
 Around attention, they also preserve each position's own vector, which the weighted average would
 otherwise replace. Compare:
 
@@ -36,7 +37,7 @@ class Config:
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # AdamW's step size; bigram.py's 1e-2 is too large for deep models
+    learning_rate: float = 1e-3  # AdamW's step size
 
 
 class MultiHeadAttention(nn.Module):
@@ -45,7 +46,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        # No biases: a key bias cancels in softmax, and out_proj's bias absorbs a value bias.
+        # No biases, as in the lecture; a key bias would cancel in softmax anyway.
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
         mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()  # (T, T)

@@ -54,7 +54,7 @@ def stage_module(name: str) -> ModuleType:
         module = importlib.import_module(name)
         if any(model.__module__ == name for model in LanguageModel.__subclasses__()):
             return module
-    raise UserError(f"this run was made by {name}.py, and no such stage is beside sample.py")
+    raise UserError(f"this run was made by {name}.py, and there is no such stage next to sample.py")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ class Config:
     batch_size: int = 32  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 500  # steps between evaluations
-    learning_rate: float = 1e-3  # AdamW's step size; bigram.py's 1e-2 is too large for deep models
+    learning_rate: float = 1e-3  # AdamW's step size
 
 
 class Head(nn.Module):
@@ -38,7 +38,7 @@ class Head(nn.Module):
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
-        # No biases: a key bias cancels in softmax, and a value bias only adds a constant.
+        # No biases, as in the lecture; a key bias would cancel in softmax anyway.
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
         self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)

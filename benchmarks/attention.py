@@ -1,4 +1,4 @@
-"""How much faster all heads at once are than one head after the other.
+"""How much faster batched heads are than one head after the other.
 
     python benchmarks/attention.py
     python benchmarks/attention.py --rounds 1      a quick look
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="(default 9)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="repeats (default 9)")
     options = parser.parse_args()
 
     print(f"{'size':16} {'C':>4} {'H':>3} {'T':>4} {'B':>3} {'heads':>9} {'batched':>9}   ratio")

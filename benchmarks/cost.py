@@ -6,8 +6,8 @@
 Every step trains on the same number of characters, with the dtype and the micro-batches that gpt.py
 chooses on this machine. Each point is measured in a process of its own, so that the peak memory is
 that of this point; the points take turns, and the numbers are medians. Prints two tables and writes
-results/cost.svg. Next to the FLOPs that PyTorch counts are those of a formula: for each character 6
-times the parameters of the linear layers, and 12 * layers * C * T more for attention.
+results/cost.svg. The tables compare the FLOPs that PyTorch counts with a formula: for each
+character, 6 times the parameters of the linear layers, plus 12 * layers * C * T for attention.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from matplotlib import ticker
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 4096  # characters per step
-STEPS = 3  # of a point in a round, after one that warms up
+STEPS = 3  # timed steps per point and round, after one warm-up step
 CONTEXTS = [(6, context) for context in (64, 128, 256, 512, 1024)]  # layers, block size
-SIZES = [(layers, 256) for layers in (3, 4, 5, 6, 8)]  # as many heads, each with D = 64
+SIZES = [(layers, 256) for layers in (3, 4, 5, 6, 8)]  # and as many heads, each with D = 64
 BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#666666"
 
 
@@ -55,8 +55,8 @@ def measure(layers: int, context: int) -> dict:
 
 def point(layers: int, context: int) -> None:
     """Train for a few steps as gpt.py does, and print one line of JSON."""
-    # A tiny model first: it loads what a model of any size needs. This is also more than the
-    # parent process holds, whose peak Linux counts too.
+    # Train a tiny model first, to load what a model of any size needs. Its peak memory also exceeds
+    # that of the parent process, which Linux counts too.
     train(make_run(layers=1, heads=1, channels=64, context=8), steps=1)
     run = make_run(layers, layers, 64 * layers, context)
     memory_before = peak_memory(run.device)
@@ -111,7 +111,7 @@ def train(run: Run, steps: int) -> tuple[nn.Module, list[float]]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most bytes that this process has held so far; NaN where nobody counts them."""
+    """The most bytes that this process has held so far; NaN where the system does not count."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if device.type != "cpu" or resource is None:
@@ -159,7 +159,7 @@ def draw(by_context: list[dict], by_size: list[dict], path: Path) -> None:
     for axes, x, rows in zip(panels, (contexts, millions), (by_context, by_size), strict=True):
         times = [row["milliseconds"] for row in rows]
         expected = [slowness * row["flops"] for row in rows]
-        memory = [lift * row["megabytes"] for row in rows]  # well below the times
+        memory = [lift * row["megabytes"] for row in rows]  # drawn well below the times
         axes.plot(x, expected, color=GRAY, linewidth=1)
         axes.plot(x, times, "o-", color=BLUE, linewidth=3)
         axes.plot(x, memory, "o-", color=ORANGE, linewidth=3)
@@ -190,10 +190,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repeats (default 3)")
     options = parser.parse_args()
 
-    points = list(dict.fromkeys([*CONTEXTS, *SIZES]))  # one is in both
+    points = list(dict.fromkeys([*CONTEXTS, *SIZES]))  # one point is in both
     rounds = {key: [] for key in points}
     for key in tqdm(points * options.rounds, disable=None):
         rounds[key].append(measure(*key))

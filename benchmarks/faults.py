@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py --minutes 10              every kind of fault
     python benchmarks/faults.py --minutes 0 --kills 500   only kills
-    python benchmarks/faults.py --seed 2                  other random faults
+    python benchmarks/faults.py --seed 2                  different random faults
 
 Each try ends in one of four ways:
 
@@ -14,8 +14,8 @@ Each try ends in one of four ways:
 - traceback: the script printed one.
 
 The time is divided over the kinds that have no count; Ctrl-C ends early, with the table so far.
-After a loss or a traceback, the exit code is 1 and the folders of those tries are kept. Without
-Linux and root, no disk can be filled.
+After a loss or a traceback, the exit code is 1 and the folders of those tries are kept. Filling a
+disk needs Linux and root.
 """
 
 import argparse
@@ -53,7 +53,7 @@ from trainer.checkpoint import read_checkpoint
 from trainer.folder import RUN_FILES
 
 import torch
-import torch._dynamo  # an optimizer's first step would import it, in each fork again
+import torch._dynamo  # otherwise an optimizer's first step would import it in every fork
 
 try:
     import resource
@@ -220,16 +220,16 @@ class Trial:
             self.overwrites = True
         return self.base.words(self.stage) + ["--overwrite"] * self.overwrites
 
-    def go_on(self) -> list[str]:
-        """Flags for what a fault has left."""
+    def restart(self) -> list[str]:
+        """Flags to resume or start again after a fault."""
         again = self.overwrites and self.chance.random() < 0.5
         if again or not (self.work / "run").exists():
             return self.base.words(self.stage) + ["--overwrite"] * self.overwrites
         return RESUME
 
     def complete(self) -> str:
-        """Go on to the end, which must be that of an undisturbed run."""
-        words, run = self.go_on(), self.work / "run"
+        """Train to the end; the result must equal that of an undisturbed run."""
+        words, run = self.restart(), self.work / "run"
         if self.script(self.stage, *words).outcome() != "survived":
             raise Lost("what a fault has left blocks the run")
         is_old = words is RESUME and read_checkpoint(run / "checkpoint.pt")["seed"] == 2
@@ -283,7 +283,7 @@ def kill(trial: Trial) -> str:
             if code:
                 raise Lost(f"exit code {code}, and on stderr: {script.said!r}")
             break
-        trial.tries, words = trial.tries + 1, trial.go_on()
+        trial.tries, words = trial.tries + 1, trial.restart()
     return trial.complete()
 
 
@@ -301,7 +301,7 @@ HUGE |= {"--batch-size": "2147483647", "--block-size": "2147483647"}
 
 
 def command_line(trial: Trial) -> str:
-    """Type nonsense."""
+    """Pass random and absurd flags."""
     chance, base, name = trial.chance, trial.base, trial.stage
     if chance.random() < 0.3:
         name, trial.stage = chance.choice([*base.flags]), "gpt"
@@ -325,7 +325,7 @@ def command_line(trial: Trial) -> str:
 
 
 def random_flag(chance: random.Random, flags: dict[str, str]) -> list[str]:
-    """A flag and its value, with anything wrong about them."""
+    """A flag and its value, possibly wrong in any way."""
     flag, metavar = chance.choice([*flags.items()])
     good = GOOD.get(flag) or (metavar.strip("{}").replace(",", " ") if "{" in metavar else "1 2 .5")
     bad = [*ABSURD, *[HUGE.get(flag, "0")] * 10]
@@ -399,7 +399,7 @@ def mutate(content: Any, trial: Trial, marker: Path) -> None:
 
 
 def mutation(trial: Trial) -> str:
-    """Change what a checkpoint or a prepared text says."""
+    """Change an entry of a checkpoint or a prepared text."""
     if trial.chance.random() < 0.3:
         return mutated_text(trial)
     name, marker = trial.chance.choice(["checkpoint.pt", "best.pt"]), trial.folder / "it was run"
@@ -466,7 +466,7 @@ def start_together(trial: Trial) -> str:
 
 
 def file_size(trial: Trial) -> str:
-    """Limit how large a file can get, in the middle of a run."""
+    """Limit the size of files during a run."""
     words, largest = trial.start(), trial.base.run(trial.stage) / "checkpoint.pt"
     size = trial.chance.randint(2048, largest.stat().st_size * 5 // 4)
     limits = size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -1,13 +1,13 @@
-"""How long the small stages take, compared with the same models trained as most tutorials do it.
+"""Training time of the small stages, and of the same models trained the way most tutorials do it.
 
     python benchmarks/ladder.py
     python benchmarks/ladder.py --max-iters 500 --rounds 1      a quick look
 
-As in most tutorials: batches assembled row by row in Python, the loss of both splits estimated from
-200 random batches at each evaluation, the optimizer with its defaults. Both sides evaluate at the
-start and ten times more, the course also at steps 10, 30, 100 and 300. They take turns, and the
-times are medians over the rounds. A small stage uses one core, so the last line starts all scripts
-side by side, one for each core; it includes their start-up.
+The tutorial side assembles batches row by row in Python, estimates the loss of both splits from 200
+random batches at each evaluation, and uses the optimizer's defaults. Both sides evaluate at the
+start and ten more times; the course also evaluates at steps 10, 30, 100 and 300. They take turns,
+and the times are medians over the rounds. A small stage uses one core, so the last line is for all
+scripts running side by side, one on each core; it includes their start-up.
 """
 
 import argparse

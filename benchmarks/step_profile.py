@@ -3,8 +3,8 @@
     python benchmarks/step_profile.py gpt.py --preset full
     python benchmarks/step_profile.py modern_gpt.py --preset middle
 
-All other flags are those of the script. Prints a table: kinds of operations, milliseconds per step
-and fractions. "Outside of operations" is Python, and waiting.
+All other flags go to the script. Prints a table: kinds of operations, milliseconds per step and
+fractions. "Outside of operations" is time spent in Python or waiting.
 """
 
 import importlib
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def kind(event: object) -> str:
-    """What an operation is for: an optimizer, or else its own kind."""
+    """What an operation is for: an optimizer, or otherwise its own kind."""
     above = event
     while above:
         if above.name.startswith("Optimizer."):

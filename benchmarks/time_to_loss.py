@@ -3,10 +3,10 @@
     python benchmarks/time_to_loss.py modern_gpt.py --target 1.4697
     python benchmarks/time_to_loss.py gpt.py --target 1.88 --preset small --seed 2
 
-All other flags are those of the script. Start-up, evaluations and saving count. The whole
+All other flags go to the script. The time includes start-up, evaluations and saving. The whole
 validation split is evaluated after each fifth of the steps, and once the loss is within 0.03 of the
-target, after each fiftieth; training stops when it is reached. FLOPs are those of the model's
-matrix products; their fraction of the peak is that of the training steps, relative to a large
+target, after each fiftieth; training stops when the target is reached. FLOPs are those of the
+model's matrix products; the fraction of the peak compares the training steps with a large matrix
 product in the same dtype.
 """
 
@@ -25,7 +25,7 @@ import psutil
 import torch
 from speed import count_flops, matmul_speed
 
-NEAR = 0.03  # above the target, where evaluations become frequent
+NEAR = 0.03  # evaluations become frequent within this distance of the target
 
 
 def main() -> None:
@@ -62,11 +62,11 @@ def report(run: Run, loss: float) -> None:
     config, steps = run.config, run.step - run.first_step
     idx = torch.zeros(1, config.block_size, dtype=torch.long, device=run.device)
     flops = steps * config.batch_size * count_flops(run.model.train(), idx)
-    share = flops / run.computing / matmul_speed(run.device, run.machine.dtype)
+    fraction = flops / run.computing / matmul_speed(run.device, run.machine.dtype)
     tokens = steps * config.batch_size * config.block_size
     print(
         f"reached {loss:.4f} at step {run.step}: {seconds:.1f} seconds, {tokens:,} tokens, "
-        f"{flops:.2e} FLOPs, {share:.0%} of the peak {run.machine.dtype_name} matmul throughput"
+        f"{flops:.2e} FLOPs, {fraction:.0%} of the peak {run.machine.dtype_name} matmul throughput"
     )
 
 

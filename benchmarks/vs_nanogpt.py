@@ -56,7 +56,7 @@ DTYPES = {"its own dtype": [], "float32": ["--precision", "float32"]}  # with th
 
 
 def copy_checkout(source: Path, target: Path, corpus: Corpus) -> None:
-    """The user's nanoGPT, and the text as its own preparation writes it."""
+    """Copy the user's nanoGPT, and write the text as nanoGPT's own preparation does."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(".git", "out*"))
     folder = target / "data" / "shakespeare_char"
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def course_step(folder: Path, preset: str, steps: int, *flags: str) -> float:
 
 
 def seconds_to_target(folder: Path, command: str, target: float, *flags: object) -> float:
-    """Infinite if the run ends above the target."""
+    """Seconds until the target loss; infinite if the run ends above it."""
     timer = [ROOT / "benchmarks" / "time_to_loss.py", *command.split(), "--target", target]
     output, _ = run([*timer, "--device", "cpu", *flags], folder)
     found = re.search(r"reached .*: ([\d.]+) seconds", output)
@@ -109,7 +109,7 @@ def seconds_to_target(folder: Path, command: str, target: float, *flags: object)
 
 
 def measure(folder: Path, checkout: Path, seed: int) -> dict[tuple[str, str], float]:
-    """Everything once, in seconds."""
+    """One round of all measurements, in seconds."""
     small, figures = gpt.PRESETS["small"], {}
     names = ("block_size", "batch_size", "n_layer", "n_head", "n_embd", "dropout")
     sizes = {"full": [], "small": [f"--{name}={getattr(small, name)}" for name in names]}
@@ -167,8 +167,8 @@ def print_speeds(rounds: list[dict[tuple[str, str], float]]) -> None:
             seconds = statistics.median(each[preset, side] for each in rounds)
             before = statistics.median(each[preset, "nanoGPT"] for each in rounds)
             speed = config.batch_size * config.block_size / seconds
-            share = flops / seconds / peaks[dtype]
-            cells.append(f"{speed:,.0f} = {before / seconds:.2f}×, {share:.0%} of peak")
+            fraction = flops / seconds / peaks[dtype]
+            cells.append(f"{speed:,.0f} = {before / seconds:.2f}×, {fraction:.0%} of peak")
         print(f"| preset {preset} | {' | '.join(cells)} |")
 
 
@@ -188,7 +188,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nanogpt", type=Path, required=True, metavar="PATH", help="a checkout")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repeats (default 3)")
     options = parser.parse_args()
     if not (options.nanogpt / "train.py").exists():
         parser.error(f"{options.nanogpt} is not a checkout of nanoGPT: it has no train.py")

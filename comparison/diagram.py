@@ -22,15 +22,15 @@ NEW = "--light: #0a63a8; --dark: #6cb6ff"
 
 
 class Part(NamedTuple):
-    """A box, or with `to_stream` a sublayer whose output is added to what came in."""
+    """A box with a label."""
 
     label: str
-    note: str = ""  # at its right
+    note: str = ""  # printed to the right of the box
     is_new: bool = False
 
 
 class Stage(NamedTuple):
-    before: list[Part]  # up to the blocks
+    before: list[Part]  # the boxes before the blocks
     sublayers: list[list[Part]]  # of a block, or of the model if there is no block
     after: list[Part]
     blocks: str = ""  # such as "× 3"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from comparison.table import Row, progress
 
-WIDTH = 520  # with letters of 16, which are still 11 pixels high on a phone
+WIDTH = 520  # letters of 16 pixels are then still 11 pixels high on a phone
 THEMES = {
     "light": {"background": "#ffffff", "ink": "#1f2328", "quiet": "#59636e", "line": "#d0d7de"},
     "dark": {"background": "#0d1117", "ink": "#e6edf3", "quiet": "#9198a1", "line": "#30363d"},
@@ -61,7 +61,7 @@ def staircase(rows: list[Row], width: int = WIDTH) -> str:
     errors = [(row.improvement and row.improvement.error) or 0 for row in rows]
     losses = [row.loss.value for row in rows]
     low, high = min(losses) - max(errors), max(losses) + max(errors)
-    x = scale(high, low, 16, width - 140)  # numbers need the room on the right
+    x = scale(high, low, 16, width - 140)  # the numbers need room on the right
     y, level, shapes = (
         40,
         {},
@@ -97,7 +97,7 @@ def curves(rows: list[Row], column: str) -> str:
     lines = [lines_of(row, column) for row in rows]
     points = [each for row in lines for line in row for seeds in line for each in seeds]
     at, losses = ([each[name] for each in points] for name in ("at", "val_loss"))
-    flags = [re.split(" (?=--)", row.name) for row in rows]
+    flags = [re.split(" (?=--)", row.name.replace("--preset ", "")) for row in rows]
     shared = set.intersection(*map(set, flags))
     names = [" ".join(x for x in each if x not in shared) or " ".join(each) for each in flags]
     bottom, right = max(340, 60 + 20 * len(rows)), WIDTH - 40 - 9 * min(22, max(map(len, names)))
@@ -114,7 +114,7 @@ def curves(rows: list[Row], column: str) -> str:
         shapes.append(f'<path d="M50 {y(tick):.1f}H{right}"/>{label}')
     ends = [y(mean(each["val_loss"] for each in line[-1][-1])) for line in lines]
     order = sorted(range(len(rows)), key=ends.__getitem__)
-    # Labels are moved down until they are apart, then up until none is below the plot.
+    # Move labels down until they no longer overlap, then up until none is below the plot.
     down = [*accumulate(sorted(ends), lambda above, end: max(end, above + 20))]
     up = accumulate([bottom + 20, *down[::-1]], lambda below, end: min(end, below - 20))
     for i, label in zip(order, [*up][:0:-1], strict=True):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def ensemble_loss(runs: list[TrainedRun], corpus: Corpus) -> float | None:
-    """On the validation split, of at least two runs; None if a checkpoint cannot be used."""
+    """The ensemble's validation loss; None for a single run or an unusable checkpoint."""
     if len(runs) < 2:
         return None
     try:

@@ -48,7 +48,7 @@ def report(
 
 
 def diagrams(rows: list[Row]) -> dict[str, dict[str, str]]:
-    """A stage's diagram in both themes, as addresses that hold the picture."""
+    """Each stage's diagram in both themes, as data URLs."""
     pictures = {name: diagram(name) for name in {row.stage for row in rows} & STAGES.keys()}
     return {
         name: {
@@ -60,7 +60,7 @@ def diagrams(rows: list[Row]) -> dict[str, dict[str, str]]:
 
 
 def steps(rows: list[Row]) -> Iterator[tuple]:
-    """Each script: its docstring, and what changes in its code since the one it improves on."""
+    """Each script: its docstring, and how its code differs from the script it improves on."""
     codes: dict[str, list[Markup]] = {}
     for row in rows:
         if row.stage not in codes and not row.is_variant:
@@ -77,7 +77,7 @@ def steps(rows: list[Row]) -> Iterator[tuple]:
 
 
 def highlighted(code: str) -> list[Markup]:
-    """Its lines as HTML, with a class for each kind of word."""
+    """The code's lines as HTML, with a class for each kind of token."""
     starts = [0, *accumulate(len(line) + 1 for line in code.split("\n"))]
     html, done, before = "", 0, ""
     for token in tokenize.generate_tokens(io.StringIO(code).readline):

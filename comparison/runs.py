@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 @dataclass
 class TrainedRun:
-    """What a run has left in its folder, whether it is finished or not."""
+    """What a run has written to its folder, whether it is finished or not."""
 
     folder: Path
     about: dict[str, Any]  # the content of config.json
@@ -58,7 +58,7 @@ class TrainedRun:
 
     @cached_property
     def flags(self) -> tuple[str, ...]:
-        """What to type after its script's name to repeat it, but for seed and text."""
+        """The flags that repeat the run, except for its seed and text."""
         module = stage_module(self.stage)
         presets = vars(module).get("PRESETS") or {"": module.Config()}
         changed = {name: differences(self.config, asdict(presets[name])) for name in presets}
@@ -70,18 +70,18 @@ class TrainedRun:
 
     @property
     def key(self) -> tuple:
-        """The same for runs that differ only in their seed."""
+        """Equal for runs that differ only in their seed."""
         return (self.stage, *self.flags, self.about["device"], self.about["dtype"])
 
 
 def differences(config: dict[str, Any], usual: dict[str, Any]) -> list[str]:
-    """The flags that turn one config into another; the text decides on the vocabulary."""
+    """The flags that turn one config into another; the text determines the vocabulary."""
     names = [name for name in config if name != "vocab_size"]
     return [typed(name, config[name]) for name in names if config[name] != usual.get(name)]
 
 
 def typed(name: str, value: Any) -> str:
-    """A field as it would be typed."""
+    """A field as a command-line flag."""
     if isinstance(value, bool):
         return flag(name) if value else flag(f"no_{name}")
     return f"{flag(name)} {value}"
@@ -99,9 +99,9 @@ def read_run(folder: Path) -> TrainedRun:
         if not all(map(math.isfinite, numbers)) or not all(isinstance(x, str) for x in texts):
             raise ValueError
     except OSError as error:
-        raise UserError(f"{folder} is no run: cannot read {error.filename}") from None
+        raise UserError(f"{folder} is not a run: cannot read {error.filename}") from None
     except (ValueError, LookupError, TypeError, RecursionError):  # depends on the damage
-        raise UserError(f"the run {folder} is damaged, or of an older version") from None
+        raise UserError(f"the run {folder} is damaged, or from an older version") from None
     return run
 
 

@@ -38,7 +38,7 @@ class Row:
     runs: list[TrainedRun]
     name: str  # its command, without the flags that all rows have in common
     baseline: "Row | None" = None  # what its improvement is measured against
-    is_variant: bool = False  # another version of the stage above, not a step of its own
+    is_variant: bool = False  # another version of the stage above, not a stage of its own
     ensemble_loss: float | None = None  # of the averaged predictions of its runs
 
     @property
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def final_loss(self) -> Estimate:
-        """At the end of training, so that no evaluation is selected."""
+        """The loss at the end of training, which involves no selection of an evaluation."""
         return over_seeds([run.rows[-1]["val_loss"] for run in self.finished or self.runs])
 
     @property
@@ -102,7 +102,7 @@ def rows_of(runs: Iterable[TrainedRun]) -> list[Row]:
     groups: dict[tuple, list[TrainedRun]] = {}
     for run in runs:
         group = groups.setdefault(run.key, [])
-        if run.seed not in [other.seed for other in group]:  # the same run twice counts once
+        if run.seed not in [other.seed for other in group]:  # a run listed twice counts once
             group.append(run)
     common = common_flags(group[0] for group in groups.values())
     return [
@@ -112,18 +112,18 @@ def rows_of(runs: Iterable[TrainedRun]) -> list[Row]:
 
 
 def common_flags(runs: Iterable[TrainedRun]) -> list[str]:
-    """The flags that all of several runs have in common, but for a preset."""
+    """The flags that all runs have in common, except for a preset."""
     runs = list(runs)
     flags = [each for each in runs[0].flags if not each.startswith("--preset")] if runs[1:] else []
     return [each for each in flags if all(each in run.flags for run in runs)]
 
 
-Table = list[list[str]]  # the headings, then a row for each line
+Table = list[list[str]]  # the headings, then the rows
 TEXT_COLUMNS = ("run", "device", "dtype")  # the others hold numbers
 
 
 def table(rows: list[Row], entropy: float | None = None) -> Table:
-    """Columns in which all rows are alike are left out; `entropy` is the text's, if it is known."""
+    """Leaves out columns in which all rows are equal; `entropy` is the text's, if it is known."""
     over_first = all(row.baseline is rows[0] for row in rows[1:])
     unit = rows[0].step_time if over_first else 0.001
     columns: dict[str, Callable[[Row], object]] = {
@@ -155,13 +155,13 @@ def progress(row: Row) -> str:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """What a reader must know of the table."""
+    """What a reader needs to know about the table."""
     runs = [run for row in rows for run in row.runs]
     seeds = {row.name: ", ".join(map(str, row.losses)) for row in rows}
     most = max(seeds.values(), key=[*seeds.values()].count)
     others = [f"{name} {has}" for name, has in seeds.items() if has != most]
     baselines = {row.baseline.name for row in rows if row.improvement}
-    over = f"over {[*baselines][0]}" if len(baselines) == 1 else "over the stage before"
+    over = f"over {[*baselines][0]}" if len(baselines) == 1 else "over the previous stage"
     unclear = [row.name for row in rows if (x := row.improvement) and x.error and not x.is_clear]
     unfinished = [
         f"{run.folder} (step {run.rows[-1]['step']})" for run in runs if not run.is_finished
@@ -214,7 +214,7 @@ FIELDS = ("stage", "flags", "seed", "parameters", "step", "train_loss", "val_los
 
 
 def results_csv(rows: list[Row]) -> bytes:
-    """A line for each run: at its best evaluation the losses, at the end the rest."""
+    """A line for each run: the losses at its best evaluation, then the values at its end."""
     lines = [[*FIELDS, "tokens", "seconds"]]
     for run in (run for row in rows for run in row.finished):
         own = [run.stage, " ".join(run.flags), run.seed, run.about["parameters"]]

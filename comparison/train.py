@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
 
 def free_folder(corpus: str, name: str) -> Path:
-    """Its name is for people; config.json says what the run is."""
+    """An unused folder; its name is only for people, since config.json describes the run."""
     name = "-".join(re.findall(r"\w+", name))[-100:]
     for number in itertools.count(1):
         folder = RUNS / corpus / (name if number == 1 else f"{name}-again-{number}")
@@ -87,11 +87,11 @@ def train(jobs: list[Job], at_once: int) -> list[str]:
 
 
 class Lines(contextlib.AbstractContextManager):
-    """On a terminal, a live line for each run and one for all; elsewhere one when a run ends."""
+    """On a terminal, a live line for each run and one for all; elsewhere, a line as each ends."""
 
     def __init__(self, jobs: list[Job]) -> None:
         self.weights = {job: weight(job) for job in jobs}
-        self.shares = dict.fromkeys(jobs, 0.0)
+        self.fractions = dict.fromkeys(jobs, 0.0)
         self.bars: dict[Job, tqdm] = {}
         self.ended = 0
         form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left"
@@ -104,7 +104,7 @@ class Lines(contextlib.AbstractContextManager):
     def show(self, job: Job) -> None:
         try:
             last = read_run(job.folder).rows[-1]
-        except UserError:  # it has not started yet
+        except UserError:  # the run has not started yet
             return
         if job not in self.bars:
             form = "{desc}  step {n}/{total}{postfix}  {remaining} left"
@@ -112,21 +112,21 @@ class Lines(contextlib.AbstractContextManager):
             self.bars[job] = tqdm(total=job.steps, desc=job.name, **more)
         self.bars[job].n = last["step"]
         self.bars[job].set_postfix_str(f"loss {last['val_loss']:.3f}")
-        self.shares[job] = last["step"] / job.steps
-        self.all.n = sum(self.weights[each] * share for each, share in self.shares.items())
+        self.fractions[job] = last["step"] / job.steps
+        self.all.n = sum(self.weights[each] * done for each, done in self.fractions.items())
         self.all.refresh()
 
     def end(self, job: Job, outcome: str) -> None:
         if job in self.bars:
             self.bars.pop(job).close()
-        self.shares[job] = 1.0
+        self.fractions[job] = 1.0
         self.ended += 1
-        self.all.write(f"[{self.ended}/{len(self.shares)}] {job.name}: {outcome}")
+        self.all.write(f"[{self.ended}/{len(self.fractions)}] {job.name}: {outcome}")
         sys.stdout.flush()
 
 
 def weight(job: Job) -> float:
-    """How long a run takes in comparison with others, from the reference results."""
+    """How long a run takes compared with others, estimated from the reference results."""
     path, speed = ROOT / "results" / "ladder" / "losses.csv", 20_000.0
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for row in csv.DictReader(lines):
@@ -136,7 +136,7 @@ def weight(job: Job) -> float:
 
 
 def outcome_of(job: Job, code: int, errors: IO[bytes]) -> str:
-    """What a run has reached, or the last line of what it complained about."""
+    """A run's result, or the last line of its error message."""
     errors.seek(0)
     complaint = errors.read().decode("utf-8", errors="replace").strip() or "no message"
     last = complaint.splitlines()[-1]

@@ -3,8 +3,8 @@
 It is sampled from a probabilistic grammar: symbols are replaced by other symbols, with known
 probabilities, until only text is left. Every text can arise in one way only, so the entropy of
 this language is known exactly. That is the lowest average loss that any model can reach on fresh
-text, even one that sees all the text before. For Shakespeare nobody knows it; here it shows how
-far a model has still to go.
+text, even one that sees all the text before. For Shakespeare, nobody knows that number; here it
+shows how far a model still has to go.
 
 Run `python data/pocket_play.py` to write pocket_play.txt beside this file; it takes seconds.
 """
@@ -16,8 +16,8 @@ from math import log
 from pathlib import Path
 from random import Random
 
-# A symbol is a text, which stands for itself, or a tuple such as ("call", "Pip"), to be replaced
-# by the symbols of one of its alternatives, each of which comes with its probability.
+# A symbol is a text, which stands for itself, or a tuple such as ("call", "Pip"), which is replaced
+# by the symbols of one of its alternatives. Each alternative comes with its probability.
 Symbol = str | tuple
 Alternatives = list[tuple[float, list[Symbol]]]
 
@@ -27,8 +27,8 @@ def listed(text: str) -> list[str]:
 
 
 NAMES = listed("Pip, Tansy, Bramble, Juniper, Wilf, Odette, Hugo, Zinnia")
-# Words that can stand in the same place all differ: were a thing also an object, "the clock"
-# could arise in two ways, and the probability of a text would no longer be that of its choices.
+# Words that can fill the same slot all differ: if a thing were also an object, "the clock" could
+# arise in two ways, and the probability of a text would no longer be that of its choices.
 THINGS = listed("lantern, umbrella, letter, key, accordion, map, clock, egg")
 REFRAINS = [
     "Round goes the moon.",
@@ -82,7 +82,7 @@ DETERMINERS = {
 
 
 def ranked(symbols: Sequence[Symbol]) -> Alternatives:
-    """As in any language, some words are more usual: the first about twice as much as the last."""
+    """As in any language, some words are more common: the first about twice as much as the last."""
     weights = range(2 * len(symbols), len(symbols), -1)
     return [(w / sum(weights), [symbol]) for w, symbol in zip(weights, symbols, strict=True)]
 
@@ -106,8 +106,8 @@ def alternatives(symbol: tuple) -> Alternatives:
             return ranked([("speeches", refrain, thing, *cast) for refrain in REFRAINS])
 
         case ("speeches", refrain, thing, first, *others):
-            # All speak in turn, for one to three rounds. Who began always ends on the refrain, and
-            # in the first round everyone calls the next speaker by name.
+            # All speak in turn, for one to three rounds. The first speaker always ends on the
+            # refrain, and in the first round everyone calls the next speaker by name.
             talk = ("talk", thing, 4)
             called = zip(others, [*others[1:], first], strict=True)
             opening = [("speech", first, ("greeting", others[0], thing), talk, refrain)]
@@ -266,7 +266,7 @@ def play(characters: int = 1_000_000, seed: int = 1) -> str:
 
 
 def draw_play(characters: int = 1_000_000, seed: int = 1) -> tuple[str, float]:
-    """Whole scenes, independent of each other, until there are enough characters; and -ln p."""
+    """Whole, independent scenes until there are enough characters, and their -ln p."""
     dice = Random(seed)
     scenes, nats, size = [], 0.0, 0
     while size < characters:
@@ -290,6 +290,6 @@ if __name__ == "__main__":
     path = Path(__file__).with_suffix(".txt")
     text, nats = write(path)
     exact = entropy_per_character()
-    print(f"{path.name}: {len(text):,} characters, {len(set(text))} different ones")
+    print(f"{path.name}: {len(text):,} characters, {len(set(text))} distinct")
     print(f"exact entropy: {exact:.4f} nats = {exact / log(2):.4f} bits per character")
-    print(f"-ln p of this very text: {nats / len(text):.4f} nats per character")
+    print(f"-ln p of this text: {nats / len(text):.4f} nats per character")

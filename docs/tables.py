@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def table(name: str, *columns: str) -> None:
-    """These columns of a comparison's table; "idea" is the first line of the script's docstring."""
+    """Print columns of a comparison's table; "idea" is the first line of the script's docstring."""
     with (ROOT / "results" / name / "table.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     cells = [[cell(row, column) for column in columns] for row in rows]
@@ -38,11 +38,11 @@ def idea(command: str) -> str:
 
 
 def notes(name: str) -> None:
-    """What compare.py says below its table."""
+    """Print the notes that compare.py writes below its table, as a list."""
     lines = (ROOT / "results" / name / "table.md").read_text(encoding="utf-8").splitlines()
     cog.outl("\n".join(f"- {line}" for line in lines if line and not line.startswith("|")))
 
 
 def include(name: str) -> None:
-    """What a benchmark printed."""
+    """Print the saved output of a benchmark."""
     cog.outl((ROOT / "results" / name).read_text(encoding="utf-8").strip())

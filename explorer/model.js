@@ -35,8 +35,7 @@ class Model {
 
   // Compute the rows of one step, from position `start` to the end of the text.
   run(step, out, session, start, values = session.values) {
-    const [{ ids, off }, x] = [session, step.x && values[step.x.step]];
-    const end = ids.length;
+    const [{ ids, off }, x, end] = [session, step.x && values[step.x.step], session.ids.length];
     out.resize(end);
     if (step.part && off.has(step.part)) out.data.fill(0, start * out.width, end * out.width);
     else if (step.kind === "attention") this.attend(step, x, out, session, start);
@@ -80,11 +79,10 @@ class Model {
   attend(step, x, out, session, start) {
     const cache = session.caches.get(step);
     const [H, D, end] = [step.heads, cache.query.width / step.heads, session.ids.length];
+    for (const name of ["query", "key", "value", "heads"]) cache[name].resize(end);
     for (const name of ["query", "key", "value"]) {
-      cache[name].resize(end);
       linear(x, this.tensors[step[name]], null, cache[name], start, end);
     }
-    cache.heads.resize(end);
     for (let t = start; t < end; t++) {
       for (const row of [cache.query.row(t), cache.key.row(t)]) {
         for (let h = 0; h < H; h++) {
@@ -102,8 +100,7 @@ class Model {
         const weights = softmax(this.scores(cache, h, D, t, first));
         const head = cache.heads.row(t).subarray(h * D, (h + 1) * D).fill(0);
         for (let s = first; s <= t && !isOff; s++) {
-          const weight = weights[s - first];
-          const value = cache.value.row(s);
+          const [weight, value] = [weights[s - first], cache.value.row(s)];
           for (let d = 0; d < D; d++) head[d] += weight * value[h * D + d];
         }
         cache.weights[h][t] = { first, weights };
@@ -134,19 +131,6 @@ class Model {
       this.run(this.steps[i], values[i], session, 0, values);
     }
     return values.at(-1);
-  }
-
-  // The session in which the next token is predicted, as in common.py: a text longer than the
-  // context starts again with its second half, unless attention has a sliding window.
-  advance(session, id) {
-    if (this.slides || session.ids.length < this.blockSize) {
-      this.extend(session, [id]);
-      return session;
-    }
-    const kept = [...session.ids, id].slice(-Math.max(1, this.blockSize >> 1));
-    const next = this.session(session.off);
-    this.extend(next, kept);
-    return next;
   }
 }
 
@@ -195,8 +179,7 @@ const UNARY = {
 
 // out = x @ weight.T + bias. Four rows at a time, so that each weight is read once for all four.
 function linear(x, weight, bias, out, start, end) {
-  const [rows, width] = weight.shape;
-  const [w, source] = [weight.data, x.data];
+  const [[rows, width], w, source] = [weight.shape, weight.data, x.data];
   for (let t = start; t < end; t += 4) {
     const count = Math.min(4, end - t);
     const [a, b] = [t * width, count > 1 ? (t + 1) * width : t * width];
@@ -258,8 +241,8 @@ function dot(a, b) {
   return sum;
 }
 
+// The error function, to 1.5e-7 (Abramowitz and Stegun 7.1.26).
 function erf(x) {
-  // Abramowitz and Stegun 7.1.26; the error is below 1.5e-7.
   const t = 1 / (1 + 0.3275911 * Math.abs(x));
   const series = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592];
   const sum = series.reduce((total, factor) => (total + factor) * t, 0);

@@ -6,7 +6,8 @@
 "use strict";
 
 const models = [];
-const sessions = []; // for each model, the session of the last call
+const sessions = new Map(); // the last few, by model, purpose and what is switched off
+const KEPT = 8;
 
 const calls = {
   load({ models: abouts, weights }) {
@@ -22,11 +23,24 @@ const calls = {
     const lens = layers.map((layer) => models[model].lens(session, layer));
     return {
       logits: logits.data.slice(0, T * logits.width),
-      losses: ids.map((id, t) => (t ? -Math.log(softmax(logits.row(t - 1))[id]) : null)),
+      losses: lossesOf(logits, ids),
       attention: attentions.map((step) =>
         session.caches.get(step).weights.map((rows) => square(rows, T))),
       lens: lens.map((rows) => rows.data.slice(0, T * rows.width)),
     };
+  },
+
+  // Only the losses, of a text of any length; one beyond the context is read as in sampling.
+  losses({ model, ids, off }) {
+    if (ids.length <= models[model].blockSize) {
+      return lossesOf(sessionFor(model, ids, off).values.at(-1), ids);
+    }
+    let session = models[model].session(off);
+    return ids.map((id, t) => {
+      const loss = t ? lossOf(session.values.at(-1).row(session.ids.length - 1), id) : null;
+      session = advance(models[model], session, id);
+      return loss;
+    });
   },
 
   // The scores of one head before the mask: every query with every key, also those after it.
@@ -52,6 +66,7 @@ const calls = {
   products({ model, ids, off, step: index, name, position, channel }) {
     const session = sessionFor(model, ids, off);
     const [step, tensors] = [models[model].steps[index], models[model].tensors];
+    if (name === "heads") return averaged(session.caches.get(step), position, channel);
     const isOut = step.kind === "attention" && name === "out";
     const x = isOut ? session.caches.get(step).heads : session.values[step.x.step];
     const weight = tensors[step.kind === "attention" ? step[name] : step.weight];
@@ -64,11 +79,17 @@ const calls = {
     };
   },
 
-  // The next token of a text, sampled as common.py does; the numbers come from the seed.
-  next({ model, ids, off, temperature, topK, seed }) {
-    const session = sessionFor(model, ids, off, true);
-    const logits = session.values.at(-1).row(session.ids.length - 1);
-    return choose(logits, temperature, topK, random(seed, ids.length));
+  // Some numbers of a tensor, such as a row of an embedding table.
+  numbers({ model, tensor, start, end }) {
+    return models[model].tensors[tensor].data.slice(start, end);
+  },
+
+  // The next token of a text, sampled as common.py does; the numbers come from the seed. Each
+  // purpose has a session of its own: after a restart, the context depends on how a text grew.
+  next({ model, ids, off, temperature, topK, seed, purpose = "sample" }) {
+    const session = sessionFor(model, ids, off, purpose);
+    const logits = session.values.at(-1).row(session.ids.length - 1).slice();
+    return { id: choose(logits, temperature, topK, random(seed, ids.length)), logits };
   },
 };
 
@@ -80,19 +101,46 @@ onmessage = ({ data }) => {
   }
 };
 
-// A session that has computed these ids: the last one again if the text has only grown.
-function sessionFor(index, ids, off, isGenerating = false) {
-  const [model, last] = [models[index], sessions[index]];
-  const offs = [...off].sort().join();
-  const grows = last && last.offs === offs && last.isGenerating === isGenerating &&
-    last.text.length <= ids.length && last.text.every((id, t) => id === ids[t]);
+// A session that has computed these ids: an earlier one if the text has only grown.
+function sessionFor(index, ids, off, purpose = "") {
+  const model = models[index];
+  const key = [index, purpose, ...[...off].sort()].join();
+  const last = sessions.get(key);
+  const grows = last && last.text.length <= ids.length && last.text.every((id, t) => id === ids[t]);
   let session = grows ? last.session : model.session(off);
   const missing = ids.slice(grows ? last.text.length : 0);
-  if (!isGenerating) model.extend(session, missing);
+  if (!purpose) model.extend(session, missing);
   else if (!grows) model.extend(session, missing.slice(-model.blockSize));
-  else for (const id of missing) session = model.advance(session, id);
-  sessions[index] = { session, offs, isGenerating, text: [...ids] };
+  else for (const id of missing) session = advance(model, session, id);
+  sessions.delete(key); // so that the newest is the last
+  sessions.set(key, { session, text: [...ids] });
+  if (sessions.size > KEPT) sessions.delete(sessions.keys().next().value);
   return session;
+}
+
+// −log p of a token. Not by way of p, which is 0 in float32 where the model is sure and wrong.
+function lossOf(logits, id) {
+  const highest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
+  return highest + Math.log(logits.reduce((sum, x) => sum + Math.exp(x - highest), 0)) - logits[id];
+}
+
+const lossesOf = (logits, ids) => ids.map((id, t) => (t ? lossOf(logits.row(t - 1), id) : null));
+
+// The products whose sum is one number of a head's output: attention weights times values.
+function averaged(cache, position, channel) {
+  const head = Math.floor((channel * cache.weights.length) / cache.value.width);
+  const { first, weights } = cache.weights[head][position];
+  return { first, x: weights, weights: weights.map((_, s) => cache.value.row(first + s)[channel]), bias: 0 };
+}
+
+// As in common.py: a text longer than the context starts again with its second half, unless
+// attention has a sliding window.
+function advance(model, session, id) {
+  const fits = model.slides || session.ids.length < model.blockSize;
+  const next = fits ? session : model.session(session.off);
+  const kept = [...session.ids, id].slice(-Math.max(1, model.blockSize >> 1));
+  model.extend(next, fits ? [id] : kept);
+  return next;
 }
 
 function choose(logits, temperature, topK, uniform) {

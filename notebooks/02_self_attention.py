@@ -17,7 +17,7 @@
 # position takes a weighted average of the positions so far, and the model learns the weights.
 # The validation loss falls from about 2.48 to about 2.40 nats per character.
 #
-# Time: about 40 minutes, plus two challenge exercises at the end.
+# Allow about 45 minutes to read and run, plus one to two hours for the exercises.
 #
 # ![The model of self_attention.py](../results/diagrams/self_attention.svg)
 
@@ -92,9 +92,8 @@ print("\nother scores:", other_scores, "softmax:", F.softmax(other_scores, dim=-
 #
 # ### Exercise 1 · Fading weights
 #
-# Return the `(T, T)` weights of an average in which each step back counts half as much: in a row,
-# they are proportional to 1 for the position itself, ½ for the one before, then ¼, and so on. Each
-# row sums to 1; the future gets 0.
+# Return the `(T, T)` weights of an average in which each step back counts half as much: 1, ½, ¼ and
+# so on, divided by their sum. The future gets 0.
 
 
 # %% tags=["exercise"]
@@ -124,7 +123,7 @@ def exercise_1() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def fading_weights(T: int) -> Tensor:
+# def fading_weights(T):
 #     steps_back = torch.arange(T)[:, None] - torch.arange(T)[None, :]  # (T, T)
 #     weights = (0.5**steps_back).tril()
 #     return weights / weights.sum(dim=1, keepdim=True)
@@ -133,6 +132,10 @@ def exercise_1() -> None:
 # </details>
 #
 # ## Token and position embeddings
+#
+# In notebook 1, a row of the table was already the answer: `V` logits. From now on, a row is an
+# intermediate result: `C` = 32 learned numbers that describe a character. Later layers turn them
+# into logits.
 #
 # An average ignores order: it treats the past as a **bag of words**. So `x` is the sum of two
 # learned vectors: a **token embedding** (which character it is) and a **position embedding** (where
@@ -159,7 +162,7 @@ figure.colorbar(axes[2].images[0], ax=axes, label="value", shrink=0.5)
 plt.show()
 
 # %% [markdown]
-# The two `o` share a token embedding. Their sums differ, because their positions do.
+# The two `o`s share a token embedding. Their sums differ because their positions do.
 #
 # ## Queries, keys and values
 #
@@ -185,7 +188,7 @@ print(f"their score: {by_hand:.3f} by hand, {scores[0, 5, 2]:.3f} in scores, {tu
 assert torch.isclose(by_hand, scores[0, 5, 2])
 
 # %% [markdown]
-# Softmax turns scores into **attention weights**. They average the values, not `x`:
+# Softmax turns scores into **attention weights**. The output averages the values, not `x`:
 #
 # $$w_{ts} = \underset{s \le t}{\text{softmax}} \; \frac{q_t \cdot k_s}{\sqrt{D}}
 # \qquad \text{out}_t = \sum_{s \le t} w_{ts} \, v_s$$
@@ -220,14 +223,14 @@ def exercise_2() -> None:
     assert ratio > 0, "row t of the scores must belong to query t"
     assert abs(ratio - 1 / 3) < 1e-3, f"at D = 9 the dot products are multiplied by {ratio:.2f}"
     wanted = F.scaled_dot_product_attention(query, key, query, is_causal=True)
-    assert torch.allclose(causal_head(query, key, query), wanted, atol=1e-5), "other values fail"
+    assert torch.allclose(causal_head(query, key, query), wanted, atol=1e-5), "other values: wrong"
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def causal_head(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+# def causal_head(query, key, value):
 #     B, T, D = query.shape
 #     scores = query @ key.transpose(1, 2) * D**-0.5  # (B, T, T)
 #     past = torch.ones(T, T, dtype=torch.bool).tril()
@@ -237,8 +240,8 @@ def exercise_2() -> None:
 #
 # </details>
 #
-# The script's `Head` is the same as a module. Its mask is a **buffer**: it moves to the GPU with
-# the model, but it is not trained. `[:T, :T]` crops it for shorter inputs.
+# The script's `Head` is the same computation as a module. Its mask is a **buffer**: it moves to the
+# GPU with the model, but it is not trained. `[:T, :T]` crops the mask for shorter inputs.
 
 
 # %%
@@ -247,7 +250,7 @@ class Head(nn.Module):
 
     def __init__(self, config: Config, head_size: int) -> None:
         super().__init__()
-        # No biases: a key bias cancels in softmax, and a value bias only adds a constant.
+        # No biases, as in the lecture; a key bias would cancel in softmax anyway.
         self.query = nn.Linear(config.n_embd, head_size, bias=False)
         self.key = nn.Linear(config.n_embd, head_size, bias=False)
         self.value = nn.Linear(config.n_embd, head_size, bias=False)
@@ -274,7 +277,10 @@ assert torch.allclose(head(x), from_torch, atol=1e-5)  # PyTorch's own function 
 # %% [markdown]
 # ## Why divide by √D?
 #
-# Suppose that all numbers in queries and keys are independent, with mean 0 and variance 1. Then
+# **Variance** is the mean squared distance from the mean; its root is the standard deviation.
+# Variances of independent numbers add up. Multiplying a number by c multiplies its variance by c².
+#
+# Suppose that all components of queries and keys are independent, with mean 0 and variance 1. Then
 # each product has variance 1, and `q·k` adds up `D` of them.
 #
 # **Predict before you run:** what is the standard deviation of `q·k` at `D` = 64?
@@ -305,18 +311,20 @@ for name, color, power in (("q·k", ORANGE, 0), ("q·k / √D", BLUE, -0.5)):
         end = (sizes[-1], line[-1])
         panel.annotate(name, end, (-4, 8), textcoords="offset points", color=color, ha="right")
         panel.set_xscale("log", base=2)
-axes[0].set(xlabel="D, numbers in a query", ylabel="standard deviation of the scores")
-axes[1].set(xlabel="D, numbers in a query", ylabel="largest of 8 weights, mean", ylim=(0, 1.1))
+axes[0].set(xlabel="D, the size of a query", ylabel="standard deviation of the scores")
+axes[1].set(xlabel="D, the size of a query", ylabel="mean of the largest weight", ylim=(0, 1.1))
 plt.show()
 
 # %% [markdown]
 # `q·k` has variance `D`, so its standard deviation is √D. At large `D`, one weight is close to 1:
-# softmax **saturates**. Its derivative, `w(1 − w)`, is then close to 0, so queries and keys hardly
-# learn. Divided by √D, the scores have standard deviation 1 at any `D`.
+# softmax **saturates**. The derivative of a weight with respect to its own score is `w(1 − w)`,
+# then close to 0, so queries and keys hardly learn. Divided by √D, scores have standard deviation 1
+# at any `D`.
 #
 # ## The model
 #
 # The model adds the embeddings, applies one head with `D` = `C`, and maps the result to logits.
+# Training takes about 10 seconds on two cores.
 
 
 # %%
@@ -385,9 +393,9 @@ plt.show()
 # %% [markdown]
 # ## Look inside
 #
-# `Head` does not return its attention weights, so the next cell computes them again, and maps them
-# for one text. The cell after it averages them over the validation text, for queries at the last
-# position, which see all eight characters.
+# `Head` does not return its attention weights, so this cell computes them again: for one text, then
+# averaged over the validation text, for queries at the last position, which see all eight
+# characters.
 
 
 # %%
@@ -412,7 +420,6 @@ def show_maps(models: dict[str, nn.Module]) -> None:
 
 show_maps({"untrained": untrained, "trained": model})
 
-# %%
 windows = corpus.validation.unfold(0, T, T)  # (N, T)
 by_distance = weights_of(model, windows)[:, -1].mean(dim=0).flip(0)  # (T)
 figure, axes = plt.subplots(figsize=(6, 3))
@@ -462,47 +469,52 @@ def exercise_3() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def window_mask(T: int, W: int) -> Tensor:
+# def window_mask(T, W):
 #     query_position = torch.arange(T)[:, None]
 #     key_position = torch.arange(T)[None, :]
 #     distance = query_position - key_position  # (T, T)
 #     return (distance >= 0) & (distance < W)
 # ```
 #
-# At `W` = 1 the head does worse than the bigram. One more character recovers most of the gain, and
-# `W` = 4 is as good as 8.
+# At `W` = 1 the head does worse than the bigram. One more character recovers most of the
+# improvement, and `W` = 4 is as good as 8.
 #
 # </details>
 #
 # ## Break it: no mask
 #
-# What happens if every position sees the whole block, the future included?
+# Now every position sees the whole block, the future included.
 #
-# **Predict before you run:** what will the validation loss be? The masked head reached about 2.40.
+# **Predict before you run:** will the validation loss be above 2, between 1 and 2, or below 1? The
+# masked head reached about 2.40. Training takes about 5 seconds.
 
 # %%
-guess = ...  # a number
+guess = ...  # "above 2", "between" or "below 1"
 
 # %% tags=["prediction"]
 torch.manual_seed(1)
 unmasked = Model(config)
 unmasked.attention.causal_mask.fill_(True)
 unmasked_loss = train(unmasked, config.learning_rate)[-1][1]
-reveal(guess, unmasked_loss, within=0.2)
+reveal(guess, "above 2" if unmasked_loss > 2 else "between" if unmasked_loss > 1 else "below 1")
 
 # %%
 show_maps({"causal mask": model, "no mask": unmasked})
-for name, each in (("causal mask", model), ("no mask", unmasked)):
-    print(f"--- {name}:", "".join(generate(each, tokenizer, length=150)).strip(), sep="\n")
+for name, each, loss in (
+    ("causal mask", model, curves["one head"][-1][1]),
+    ("no mask", unmasked, unmasked_loss),
+):
+    sample = "".join(generate(each, tokenizer, length=150)).strip()
+    print(f"--- {name}, loss {loss:.2f}:", sample, sep="\n")
 
 # %% [markdown]
-# The loss is far lower, and the model is useless. Each position attends to the next one, which *is*
+# The loss is far lower, but the model is useless. Each position attends to the next one, which *is*
 # the character that it has to predict. The last position has nothing to copy, and sampling uses
 # only that one. If a loss is too good to be true, look for such a **leak**.
 #
 # ## Break it: no positions
 #
-# Position embeddings fixed at 0 leave the head with a bag of characters:
+# Position embeddings fixed at 0 leave the head with a bag of characters (5 seconds):
 
 # %%
 torch.manual_seed(1)
@@ -513,35 +525,27 @@ for name, curve in curves.items():
     print(f"{name:12} validation loss {curve[-1][1]:.3f}")
 
 # %% [markdown]
-# More than half of the gain over the bigram is gone. The head still knows which characters came
-# before, but not in which order.
+# More than half of the improvement over the bigram is gone. The head still knows which characters
+# came before, but not in what order.
 #
 # ## Six notes on attention
 #
-# These are the notes of the lecture. The cells below demonstrate them.
+# These notes are from the lecture.
 #
-# 1. **Attention is communication on a directed graph.** The positions are nodes. Each node receives
-#    a weighted sum of messages, the values, along its incoming edges.
-# 2. **It has no notion of space.** A node receives a *set* of messages, so one head needs position
-#    embeddings to know their order. Stacked causal layers can infer positions from the mask
-#    ("NoPE"), because each position sees a different number of others.
-# 3. **Nothing crosses the batch.** Each row is a graph of its own.
-# 4. **The mask is a choice.** A **decoder block** has the causal mask and can generate text. An
-#    **encoder block** has none and suits a text that is complete, for instance to classify it.
-# 5. **Self or cross.** In **self-attention**, queries, keys and values come from the same sequence.
-#    In **cross-attention**, keys and values come from another one, such as the text to translate.
-# 6. **Scaling by 1/√D** keeps softmax from saturating.
+# **1 · Attention is communication on a directed graph.** The positions are nodes. Each node
+# receives a weighted sum of messages, the values, along its incoming edges.
 
 # %%
-# Note 1: messages, added edge by edge, equal the head's output.
 with torch.no_grad():
     x = model.token_embedding(idx) + model.position_embedding(torch.arange(T))  # (B, T, C)
     weights, value = weights_of(model, idx)[0], model.attention.value(x)[0]  # (T, T), (T, C)
-    received = torch.zeros(T, C)
+    received = torch.zeros(T, C)  # messages, added up edge by edge
     for t in range(T):
         for s in range(t + 1):  # an edge from s to t
             received[t] += weights[t, s] * value[s]
-    assert torch.allclose(received, model.attention(x)[0], atol=1e-5)
+    gap = (received - model.attention(x)[0]).abs().max().item()
+    assert gap < 1e-5
+    print(f"the sums differ from the head's output by at most {gap:.0e}")
 
 figure, axes = plt.subplots(figsize=(7.5, 2.5))
 for t in range(T):
@@ -557,8 +561,14 @@ axes.axis("off")
 axes.set_title("line width: attention weight; blue: what the last position receives", fontsize=11)
 plt.show()
 
+# %% [markdown]
+# **2 · It has no notion of space.** A node receives a *set* of messages, so one head needs position
+# embeddings to know their order. Stacked causal layers can infer positions from the mask ("NoPE"),
+# because each position sees a different number of others. Here there are no position embeddings,
+# and the first seven characters are reversed. The last output changes only in two layers *with* a
+# mask.
+
 # %%
-# Note 2: no position embeddings, the first seven characters reversed. Does the last output change?
 reversed_idx = torch.cat([idx[:, :-1].flip(1), idx[:, -1:]], dim=1)  # (B, T)
 print("".join(names), "->", "".join(visible(tokenizer.decode(reversed_idx[0].tolist()))))
 torch.manual_seed(1)
@@ -572,33 +582,40 @@ for layers in (1, 2):
         change = (ends[0] - ends[1]).abs().max()
         print(f"layers: {layers}, {mask + ':':12} changes by {change:.6f}")
 
+# %% [markdown]
+# **3 · Nothing crosses the batch.** Each row is a graph of its own. Here position 3 of row 1
+# changes: row 0 stays the same, and row 1 changes from there on.
+
 # %%
-# Note 3: change position 3 of row 1. Which outputs change?
 changed = idx.clone()  # (B, T)
 changed[1, 3] = tokenizer.encode("e")[0]
 with torch.no_grad():
     difference = (model(changed)[0] - model(idx)[0]).abs().amax(dim=-1)  # (B, T)
 for row, each in enumerate((difference > 1e-5).int().tolist()):
-    print(f"3. row {row}, changed outputs:", *each)
+    print(f"row {row}, changed outputs:", *each)
 
-# Note 4: how many positions each query sees.
-print("4. decoder:", *model.attention.causal_mask.sum(dim=1).tolist())
-print("   encoder:", *unmasked.attention.causal_mask.sum(dim=1).tolist())
+# %% [markdown]
+# **4 · The mask is a choice.** A **decoder block** has the causal mask and can generate text. An
+# **encoder block** has none and suits complete texts, for instance to classify them.
+#
+# **5 · Self or cross.** In **self-attention**, queries, keys and values come from the same
+# sequence. In **cross-attention**, keys and values come from another one, such as the text to
+# translate (here 3 random vectors).
 
-# Note 5: keys and values from another sequence, here of S = 3 positions.
+# %%
+print("positions that each query sees")
+print("decoder:", *model.attention.causal_mask.sum(dim=1).tolist())
+print("encoder:", *unmasked.attention.causal_mask.sum(dim=1).tolist())
+
 other, attention = torch.randn(2, 3, C), model.attention  # (B, S, C)
 with torch.no_grad():
     query, key, value = attention.query(x), attention.key(other), attention.value(other)
 cross_weights = F.softmax(query @ key.transpose(1, 2) * C**-0.5, dim=-1)  # (B, T, S)
-print("5. weights", tuple(cross_weights.shape), "outputs", tuple((cross_weights @ value).shape))
-
-# Note 6: larger scores make softmax pick one.
-scores = torch.tensor([0.1, -0.2, 0.3, 0.5])
-for factor in (1, 8, 32):
-    print(f"6. scores times {factor:2}:", F.softmax(scores * factor, dim=-1))
+print("cross-attention: weights", tuple(cross_weights.shape), end=", ")
+print("outputs", tuple((cross_weights @ value).shape))
 
 # %% [markdown]
-# Note 2 in numbers: without position embeddings, order matters only to two layers *with* a mask.
+# **6 · Scaling by 1/√D** keeps softmax from saturating.
 #
 # ### Challenge · Exercise 4: a previous-token head
 #
@@ -609,7 +626,8 @@ for factor in (1, 8, 32):
 
 # %% tags=["exercise"]
 def previous_token_weights() -> tuple[Tensor, Tensor]:
-    # query_weight and key_weight, (D, C) = (8, 32) each, like the weight of nn.Linear
+    # query_weight and key_weight are (D, C) = (8, 32) each. nn.Linear(C, D) has such a weight and
+    # computes x @ weight.T, so columns belong to inputs, rows to outputs.
     # What does the query of position t look for? What does the key of position s offer?
     return ...  # query_weight, key_weight
 
@@ -639,29 +657,30 @@ def exercise_4() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def previous_token_weights() -> tuple[Tensor, Tensor]:
+# def previous_token_weights():
 #     query_weight, key_weight = torch.zeros(2, 8, 32)
-#     key_weight[:, 24:] = torch.eye(8)  # position t: "I am t"
-#     query_weight[:7, 25:] = 30 * torch.eye(7)  # position t: "I look for t - 1"
+#     key_weight[:, 24:] = torch.eye(8)  # "I am t"
+#     query_weight[:7, 25:] = 30 * torch.eye(7)  # "I look for t - 1", with the score 30 / √8
 #     return query_weight, key_weight
 # ```
-#
-# The factor makes the score $30 / \sqrt{8} \approx 10.6$, against 0 for all others.
 #
 # </details>
 #
 # ### Challenge · Exercise 5: the backward pass by hand
 #
 # From `d_out`, the gradient of a loss with respect to a head's output, compute the gradients with
-# respect to queries, keys and values. Work backward, one line per operation. The derivative of
-# softmax is $\partial w_s / \partial \text{score}_r = w_s (\delta_{sr} - w_r)$.
+# respect to queries, keys and values. Work backward, one line per operation.
 
 
 # %% tags=["exercise"]
 def head_backward(query, key, value, weights, d_out) -> tuple[Tensor, Tensor, Tensor]:
     """`weights` are the attention weights, (B, T, T), of the forward pass."""
+    # Two rules: if Y = A @ B, then dA = dY @ Bᵀ and dB = Aᵀ @ dY (the shapes allow nothing else).
+    # If a value is used in several places, its gradients add up.
+
     # out = weights @ value
-    # weights = softmax(scores)
+    # weights = softmax(scores): the derivative of w_s with respect to score_r is w_s (δ - w_r),
+    # where δ is 1 if s = r, else 0. Each score affects all weights of its row.
     # scores = query @ keyᵀ / √D
     return ...  # d_query, d_key, d_value
 
@@ -691,7 +710,7 @@ def exercise_5() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def head_backward(query, key, value, weights, d_out) -> tuple[Tensor, Tensor, Tensor]:
+# def head_backward(query, key, value, weights, d_out):
 #     scale = query.shape[-1] ** -0.5
 #     d_value = weights.transpose(1, 2) @ d_out
 #     d_weights = d_out @ value.transpose(1, 2)
@@ -711,7 +730,8 @@ def exercise_5() -> None:
 #
 # <details><summary>Answer</summary>
 #
-# Zeroed afterwards, a row would no longer sum to 1, and the future would still have influenced it.
+# If weights were zeroed after softmax, a row would no longer sum to 1, and the future would still
+# have influenced it.
 #
 # </details>
 #
@@ -750,15 +770,13 @@ def exercise_5() -> None:
 # %% [markdown]
 # ## The script
 #
-# `git diff --no-index bigram.py self_attention.py` shows two embeddings, a `Head` and `lm_head` in
-# place of the logit table, and a lower learning rate. The loss and the training loop are unchanged.
+# `git diff --no-index bigram.py self_attention.py` shows what changes. `main` stays the same.
 #
 # ## Papers
 #
 # - Bahdanau et al. (2014), [Neural Machine Translation by Jointly Learning to Align and
 #   Translate](https://arxiv.org/abs/1409.0473): attention, first as cross-attention.
-# - Vaswani et al. (2017), [Attention Is All You Need](https://arxiv.org/abs/1706.03762): queries,
-#   keys, values, √D and the transformer.
+# - Vaswani et al. (2017), [Attention Is All You Need](https://arxiv.org/abs/1706.03762).
 # - Haviv et al. (2022), [Transformer Language Models without Positional Encodings Still Learn
 #   Positional Information](https://arxiv.org/abs/2203.16634): NoPE.
 #

@@ -14,10 +14,10 @@
 # # 4 · Feed-forward
 #
 # Attention gathers information from earlier positions. The **feed-forward network**, a small MLP,
-# then lets each position compute with what it has gathered. On Tiny Shakespeare, it lowers the
-# validation loss from about 2.27 to about 2.20 nats per character.
+# then processes what each position has gathered. On Tiny Shakespeare, it lowers the validation loss
+# from about 2.27 to about 2.20 nats per character.
 #
-# This notebook takes about 40 minutes. Run each cell with Shift+Enter, from the top.
+# Allow about 45 minutes to read and run, plus one to two hours for the exercises.
 #
 # ![The model of feed_forward.py](../results/diagrams/feed_forward.svg)
 
@@ -53,9 +53,9 @@ print(f"B = {B} sequences, T = {T} positions, C = {C} channels, V = {V} characte
 # makes the weights is non-linear. But the values themselves pass only through averages and linear
 # layers, `lm_head` included.
 #
-# That is too little even for a simple question: *is exactly one of the last two characters a
-# vowel?* Let the value be 1 for a vowel and 0 otherwise. Attention with two equal weights computes
-# the mean $m$.
+# With fixed attention weights, that is not enough even for a simple question: *is exactly one of
+# the last two characters a vowel?* Let the value be 1 for a vowel and 0 otherwise. Attention with
+# two equal weights computes the mean $m$.
 
 # %%
 pairs = ("th", "he", "er", "ea")
@@ -68,7 +68,8 @@ for pair, m, wanted in zip(pairs, mean, target, strict=True):
 
 # %% [markdown]
 # **Predict before you run.** A linear layer reads the mean and answers $a m + b$. Choose $a$ and
-# $b$ by least squares over these four pairs. What does it answer at $m = 0.5$, where 1 is right?
+# $b$ for the smallest sum of squared errors over these four pairs. At $m = 0.5$, 1 is right. What
+# does the layer answer?
 
 # %%
 guess = ...  # a number
@@ -82,7 +83,7 @@ reveal(guess, a * 0.5 + b, within=0.05)
 # The best line is flat: no line is low, then high, then low. One kink is enough. The **ReLU**,
 # $\text{relu}(z) = \max(0, z)$, is the simplest **activation function**: a non-linear function that
 # is applied to each value separately. With it, $2\,\text{relu}(m) - 4\,\text{relu}(m - 0.5)$
-# answers all four pairs.
+# is right for all four pairs.
 #
 # ## An MLP on tiny numbers
 #
@@ -146,7 +147,7 @@ def exercise_1() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def distance_weights() -> tuple[list, list]:
+# def distance_weights():
 #     up = [[1, -1], [-1, 1]]
 #     down = [[1, 1]]
 #     return up, down
@@ -227,7 +228,8 @@ print(f"{(hidden == 0).float().mean():.0%} of the hidden activations are 0")
 #
 # The MLP is **position-wise**: the same weights process each position, independently of all other
 # positions. `nn.Linear` acts on the last dimension only, and ReLU acts on single values. Test it:
-# change the input at one position and see which outputs change.
+# change the input at one position and see which outputs change. The plot shows by how much, as an
+# RMS (root mean square), the typical size of numbers: the root of the mean of their squares.
 
 
 # %%
@@ -256,12 +258,11 @@ plt.show()
 
 # %% [markdown]
 # Blank squares are outputs that do not change at all. Attention carries a change to all later
-# positions; the MLP keeps it where it is. Attention communicates between positions, the MLP
-# computes within each.
+# positions; the MLP keeps it where it is. Attention communicates; the MLP computes.
 #
 # ## Two thirds of a block
 #
-# Attention and MLP together are one **block** of a transformer. Attention has four $C \times C$
+# Attention and MLP together form one **block** of a transformer. Attention has four $C \times C$
 # matrices: query, key, value and output projection.
 #
 # **Predict before you run.** What percentage of the block's parameters is in the MLP?
@@ -288,7 +289,8 @@ for name, size in sizes.items():
 #
 # ## Training
 #
-# The usual loop, in a function because several models follow:
+# This is the usual loop, in a function because several models use it. Each 5,000 steps take about
+# 10 seconds on two cores.
 
 
 # %%
@@ -298,7 +300,7 @@ def learn(
     """Train; return step and validation loss at the last step, half of it, a quarter, and so on."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    marks = {count >> i for i in range(halvings + 1)}
+    marks = {count // 2**i for i in range(halvings + 1)}
     history = []
     for step in range(1, count + 1):
         idx, targets = draw_batch(training, T, B, generator)  # (B, T) each
@@ -317,9 +319,9 @@ for step, loss in relu_history:
     print(f"step {step:5,}   validation loss {loss:.3f}")
 
 # %% [markdown]
-# ### Exercise 2 · The backward pass
+# ### Challenge · Exercise 2: the backward pass
 #
-# `loss.backward()` also goes through the MLP. Do the same by hand. The forward pass is
+# `loss.backward()` also goes through the MLP. Do that part by hand. The forward pass is
 #
 # $$z = x W_1^\top + b_1, \qquad h = \text{relu}(z), \qquad y = h W_2^\top + b_2,$$
 #
@@ -330,6 +332,8 @@ for step, loss in relu_history:
 # %% tags=["exercise"]
 def mlp_backward(grad_y: Tensor, h: Tensor, z: Tensor, x: Tensor, W2: Tensor, W1: Tensor) -> tuple:
     """The gradients of x, W1, b1, W2 and b2."""
+    # As in notebook 2: if Y = A @ B, then dA = dY @ Bᵀ and dB = Aᵀ @ dY. If a value is used in
+    # several places, its gradients add up, so a bias gets the sum over the rows.
     grad_W2, grad_b2 = ..., ...
     ...  # back through down_proj and ReLU
     grad_W1, grad_b1 = ..., ...
@@ -370,9 +374,7 @@ def exercise_2() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def mlp_backward(
-#     grad_y: Tensor, h: Tensor, z: Tensor, x: Tensor, W2: Tensor, W1: Tensor
-# ) -> tuple:
+# def mlp_backward(grad_y, h, z, x, W2, W1):
 #     grad_W2 = grad_y.T @ h  # (C, 4*C)
 #     grad_b2 = grad_y.sum(dim=0)  # (C)
 #     grad_h = grad_y @ W2  # (N, 4*C)
@@ -389,8 +391,8 @@ def exercise_2() -> None:
 #
 # ## Break it: no activation
 #
-# Remove the ReLU and keep everything else, the number of parameters included. For comparison, also
-# train the model of the last stage, which has attention only.
+# Remove the ReLU and keep everything else, including the number of parameters. For comparison, also
+# train the previous stage's model, which has attention only. Both take about 20 seconds.
 
 
 # %%
@@ -422,8 +424,8 @@ attention_only = AttentionModel(config)
 attention_history = learn(attention_only, steps(5000), halvings=4)
 
 # %% [markdown]
-# **Predict before you run.** What validation loss does the model without ReLU reach? The one with
-# ReLU is printed above; the model with attention only reaches about 2.27.
+# **Predict before you run.** What validation loss does the model without ReLU reach? The loss with
+# ReLU is printed above; attention alone reaches about 2.27.
 
 # %%
 guess = ...  # a loss
@@ -459,7 +461,7 @@ plt.show()
 # $$W_2 (W_1 x) = (W_2 W_1) x$$
 #
 # Two linear layers are one linear layer, with a $C \times C$ matrix. More layers collapse in the
-# same way, and `lm_head` absorbs the one that is left. Depth needs a non-linearity between layers.
+# same way, and `out_proj` absorbs the one that is left. Depth needs a non-linearity between layers.
 #
 # ### Exercise 3 · Collapse two layers into one
 #
@@ -502,7 +504,7 @@ def exercise_3() -> None:
 #
 # ```python
 # @torch.no_grad()
-# def collapse(up_proj: nn.Linear, down_proj: nn.Linear) -> tuple[Tensor, Tensor]:
+# def collapse(up_proj, down_proj):
 #     weight = down_proj.weight @ up_proj.weight
 #     bias = down_proj.weight @ up_proj.bias + down_proj.bias
 #     return weight, bias
@@ -514,8 +516,8 @@ def exercise_3() -> None:
 #
 # Row $j$ of `up_proj` decides when hidden unit $j$ is active. Column $j$ of `down_proj` is the
 # vector that the unit then adds to the output. In this model only `lm_head` follows. So an active
-# unit adds its activation times `lm_head.weight @ down_proj.weight[:, j]` to the logits. This is
-# the unit's **unembedding direction**: one value for each possible next character.
+# unit adds its activation times `lm_head.weight @ down_proj.weight[:, j]` to the logits. This
+# vector says how much the unit raises each next character, its **direct effect** on the logits.
 
 
 # %%
@@ -528,14 +530,14 @@ def hidden_units(windows: Tensor) -> Tensor:
 
 windows = validation[:20_000].unfold(0, T, 1)  # (N, T)
 hidden = hidden_units(windows)  # (N, 4*C)
-directions = (model.lm_head.weight @ model.feed_forward.down_proj.weight).detach()  # (V, 4*C)
-directions -= directions.mean(dim=0)  # softmax ignores what all logits have in common
+direct = (model.lm_head.weight @ model.feed_forward.down_proj.weight).detach()  # (V, 4*C)
+direct -= direct.mean(dim=0)  # softmax ignores what all logits have in common
 frequent = torch.bincount(windows[:, -1], minlength=V).topk(28).indices  # (28)
 labels = visible(tokenizer.decode(frequent.tolist()))
 print(f"{(hidden > 0).float().mean():.0%} of the units are active at an average position")
 
 # %%
-effect = hidden.topk(1000, dim=0).values.mean(dim=0) * directions[frequent]  # (28, 4*C)
+effect = hidden.topk(1000, dim=0).values.mean(dim=0) * direct[frequent]  # (28, 4*C)
 units = {}  # next character: the unit that raises it most
 for unit in effect.max(dim=0).values.argsort(descending=True).tolist():
     units.setdefault(effect[:, unit].argmax().item(), unit)
@@ -546,7 +548,7 @@ for unit in units:
     for n in hidden[:, unit].topk(200).indices.tolist():
         context = "".join(visible(tokenizer.decode(windows[n, -5:].tolist())))
         contexts.setdefault(context[-3:], context)  # contexts with different endings
-    raised = " ".join(labels[i] for i in directions[frequent, unit].topk(4).indices)
+    raised = " ".join(labels[i] for i in direct[frequent, unit].topk(4).indices)
     active = (hidden[:, unit] > 0).float().mean()
     print(f"{unit:4} {active:6.0%}   {'  '.join(list(contexts.values())[:6]):43} {raised}")
 
@@ -556,7 +558,7 @@ names = [f"unit {unit}" for unit in units]
 figure, axes = plt.subplots(2, 1, figsize=(7.5, 3.9))
 heat_map(axes[0], torch.stack(by_character, dim=1), names, labels, bar="mean\nactivation")
 axes[0].set(xlabel="current character")
-added = directions[frequent][:, units].T  # (6, 28)
+added = direct[frequent][:, units].T  # (6, 28)
 limit = added.abs().max().item()
 colors = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
 heat_map(axes[1], added, names, labels, bar="logit per unit\nof activation", **colors)
@@ -572,9 +574,9 @@ plt.show()
 #
 # ## Smoother activation functions
 #
-# ReLU has gradient 0 for all negative inputs. GPT-2 uses **GELU** instead, $x \, \Phi(x)$, where
-# $\Phi(x)$ is the probability that a standard normal variable is less than $x$. **SiLU**,
-# $x \, \sigma(x)$ with the logistic function $\sigma$, has a similar shape.
+# ReLU has gradient 0 for all negative inputs. **GELU** is $x \, \Phi(x)$, where $\Phi(x)$ is the
+# probability that a standard normal variable is less than $x$; GPT-2 uses an approximation of it.
+# **SiLU**, $x \, \sigma(x)$ with the logistic function $\sigma$, has a similar shape.
 
 # %%
 grid = torch.linspace(-4, 0.6, 231)
@@ -590,7 +592,7 @@ axes.set(xlabel="input x", ylabel="activation", ylim=(-0.36, 0.6))
 plt.show()
 
 # %% [markdown]
-# ### Exercise 4 · GELU
+# ### Challenge · Exercise 4: GELU
 #
 # Write GELU from its definition, without `F.gelu`. PyTorch has the integral
 #
@@ -601,6 +603,7 @@ plt.show()
 # %% tags=["exercise"]
 def gelu(x: Tensor) -> Tensor:
     """x times the probability that a standard normal variable is less than x."""
+    # Φ is an integral from -∞, of which the part up to 0 is ½. In the rest, substitute z = t / √2.
     return ...
 
 
@@ -622,7 +625,7 @@ def exercise_4() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def gelu(x: Tensor) -> Tensor:
+# def gelu(x):
 #     phi = 0.5 * (1 + torch.erf(x / 2**0.5))
 #     return x * phi
 # ```
@@ -632,16 +635,17 @@ def exercise_4() -> None:
 # ## A gate: SwiGLU
 #
 # LLaMA and many later models use **SwiGLU**. A second linear layer, the gate, goes through
-# SiLU and multiplies the hidden units. There are no biases.
+# SiLU and multiplies the hidden units element by element (⊙). There are no biases.
 #
 # $$\text{SwiGLU}(x) = W_\text{down} \left( \text{silu}(W_\text{gate}\, x) \odot
 # W_\text{up}\, x \right)$$
 #
 # ### Exercise 5 · SwiGLU with the same number of parameters
 #
-# Three matrices instead of two: choose the number of hidden units so that the parameter count stays
-# within 3% of `FeedForward`'s. The check then trains both with five seeds. The two runs with one
-# seed form a pair: the same batches, the same initial weights outside the MLP.
+# SwiGLU has three matrices instead of two. Choose the number of hidden units so that the parameter
+# count stays within 3% of `FeedForward`'s. The check then trains both with five seeds (about 20
+# seconds). The two runs with one seed form a pair: they share batches and initial weights outside
+# the MLP.
 
 
 # %% tags=["exercise"]
@@ -692,19 +696,19 @@ def exercise_5() -> None:
 #
 # ```python
 # class SwiGLU(nn.Module):
-#     def __init__(self, config: Config) -> None:
+#     def __init__(self, config):
 #         super().__init__()
 #         hidden = round(2 / 3 * 4 * config.n_embd)
 #         self.gate_proj = nn.Linear(config.n_embd, hidden, bias=False)
 #         self.up_proj = nn.Linear(config.n_embd, hidden, bias=False)
 #         self.down_proj = nn.Linear(hidden, config.n_embd, bias=False)
 #
-#     def forward(self, x: Tensor) -> Tensor:
+#     def forward(self, x):
 #         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 # ```
 #
-# **What can be seen?** In our runs SwiGLU's loss was higher by 0.076 ± 0.015 (standard error) after
-# 300 steps and by 0.038 ± 0.010 after 600. So it learns more slowly at first, with this
+# **What do the runs show?** In ours, SwiGLU's loss was higher by 0.076 ± 0.015 (standard error)
+# after 300 steps and by 0.038 ± 0.010 after 600. So it learns more slowly at first, with this
 # initialization and learning rate. The gap shrinks, and the runs do not show which is better once
 # trained. Shazeer (2020) found SwiGLU better, in a much larger model.
 #
@@ -713,7 +717,7 @@ def exercise_5() -> None:
 # ## The script
 #
 # `git diff --no-index batched_attention.py feed_forward.py` shows the new class `FeedForward` and
-# two new lines in `Model`. Otherwise only the docstring differs.
+# two new lines in `Model`.
 
 # %% [markdown]
 # ## Quiz
@@ -722,8 +726,8 @@ def exercise_5() -> None:
 #
 # <details><summary>Answer</summary>
 #
-# The softmax only decides the weights of the average. The values that are averaged pass through
-# linear layers only.
+# The softmax only decides the weights of the average. Weights that depend on the content can do
+# some of this, but the values stay linear.
 #
 # </details>
 #
@@ -739,8 +743,7 @@ def exercise_5() -> None:
 #
 # <details><summary>Answer</summary>
 #
-# Both become about four times as many ($4C^2$ and $8C^2$), so the MLP still has two thirds of a
-# block.
+# Both grow about fourfold ($4C^2$ and $8C^2$), so the MLP is still two thirds of a block.
 #
 # </details>
 #
@@ -749,12 +752,11 @@ def exercise_5() -> None:
 #
 # <details><summary>Answer</summary>
 #
-# Nothing: their product is one matrix. With a narrow layer in between they can compute even less,
-# because the product's rank is at most its width.
+# Nothing: their product is one matrix. If one of them is narrow, they can compute even less.
 #
 # </details>
 #
-# 5. A hidden unit with ReLU is inactive for every input. Which gradient do its weights get?
+# 5. A hidden unit with ReLU is inactive for every input. What gradient do its weights get?
 #
 # <details><summary>Answer</summary>
 #
@@ -766,14 +768,13 @@ def exercise_5() -> None:
 # %% [markdown]
 # ## Papers
 #
-# - Vaswani et al. 2017, [Attention Is All You Need](https://arxiv.org/abs/1706.03762), section 3.3:
-#   position-wise feed-forward networks.
+# - Vaswani et al. 2017, [Attention Is All You Need](https://arxiv.org/abs/1706.03762), section 3.3.
 # - Hendrycks and Gimpel 2016, [Gaussian Error Linear Units
 #   (GELUs)](https://arxiv.org/abs/1606.08415).
 # - Shazeer 2020, [GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202).
 # - Geva et al. 2020, [Transformer Feed-Forward Layers Are Key-Value
 #   Memories](https://arxiv.org/abs/2012.14913).
 #
-# One block lowers the loss. The next stage stacks several of them.
+# The next stage stacks several blocks.
 #
 # **Next →** [05_residual](05_residual.ipynb)

@@ -14,14 +14,14 @@
 # %% [markdown]
 # # 5 · Residual connections
 #
-# **Goal:** stack blocks of attention and feed-forward, and find out why a deep stack trains well
-# only when each sublayer *adds* its output to its input. Allow about 45 minutes.
+# **Goal:** stack blocks of attention and feed-forward, and find out why a deep stack trains so much
+# better when each sublayer *adds* its output to its input. Allow 45 minutes to read and run, one to
+# two hours more for all exercises; you can skip the challenge.
 #
 # ![The model: three blocks, each with two skip connections](../results/diagrams/residual.svg)
 #
-# `feed_forward.py`, with one layer of each kind, reaches a loss of about 2.20 nats per character.
-# Three blocks with skip connections reach about 2.08; three blocks without them end near 2.29,
-# worse than where we started.
+# `feed_forward.py` reaches a loss of about 2.20 nats per character. Three blocks with skip
+# connections reach about 2.08; without them, they end near 2.29, worse than where we started.
 
 # %%
 import sys
@@ -51,8 +51,7 @@ V = len(corpus.vocabulary)
 # ## Replace or add
 #
 # A layer $f$ usually replaces its input: the next layer sees only $f(x)$. A **skip connection**
-# carries the input past the layer and adds it: $x + f(x)$. Here are both, with a layer whose
-# weights are still small.
+# carries the input past the layer and adds it: $x + f(x)$. Here are both, with small weights.
 
 # %%
 x = torch.tensor([1.0, -2.0, 3.0])
@@ -65,8 +64,8 @@ for layer in (1, 2):
     print(f"  added {added.numpy().round(2)}")
 
 # %% [markdown]
-# After two layers, almost nothing is left of the replaced vector. The added one is still close to
-# its input.
+# After two layers, almost nothing is left of the replaced vector. The other one is still close to
+# its input. A vector that is passed along and added to is called the **residual stream**.
 #
 # A **block** has two **sublayers**, attention and feed-forward. Each gets its own skip connection.
 #
@@ -105,7 +104,7 @@ def exercise_1() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def block_forward(x: Tensor, attention: nn.Module, feed_forward: nn.Module) -> Tensor:
+# def block_forward(x, attention, feed_forward):
 #     after_attention = x + attention(x)
 #     after_feed_forward = after_attention + feed_forward(after_attention)
 #     return after_feed_forward
@@ -116,7 +115,7 @@ def exercise_1() -> None:
 # ## The model
 #
 # Attention and feed-forward come from `feed_forward.py`. The configuration gets two new fields;
-# `residual=False` shows what happens without skip connections.
+# `residual=False` leaves out the skip connections.
 
 
 # %%
@@ -144,7 +143,7 @@ class Block(nn.Module):
 
 
 # %% [markdown]
-# A block returns the shape that it reads, `(B, T, C)`, so blocks can be stacked with
+# A block's output has the shape of its input, `(B, T, C)`, so blocks can be stacked with
 # `nn.Sequential`. Skip connections add no parameters.
 
 
@@ -176,8 +175,8 @@ class Model(LanguageModel):
 # %% [markdown]
 # ## Depth, with and without skip connections
 #
-# Train six models: one, three and six blocks, with and without skip connections. Seed and batches
-# are the same for all.
+# Train six models: one, three and six blocks, with and without skip connections. All use the same
+# seed and batches.
 #
 # **Predict before you run:** without skip connections, one block ends near 2.4. Where do six blocks
 # end? (A model that knows only how frequent each character is would have a loss of about 3.3.)
@@ -197,9 +196,11 @@ def train(model: Model, count: int, seed: int = 1) -> float:
     return exact_loss(model, validation)
 
 
+# %%
 guess = ...  # nats per character
 
 # %% tags=["prediction"]
+# This takes about 40 seconds on two cores.
 depths, trained, loss_of = (1, 3, 6), {}, {}
 for residual in (True, False):
     for n_layer in depths:
@@ -226,9 +227,9 @@ axes.set(xlabel="blocks", ylabel="validation loss (nats per character)")
 plt.show()
 
 # %% [markdown]
-# With skip connections, the loss falls with depth. Without them it rises: six blocks end closer to
-# the character frequencies than to a single block. They have more parameters, but training does not
-# find good values for them.
+# With skip connections, the loss falls with depth (one seed; the step from three to six blocks is
+# small). Without them it rises: six blocks end closer to the character frequencies than to a single
+# block.
 #
 # ## The direct path of the gradient
 #
@@ -257,9 +258,11 @@ for residual in (False, True):
 #
 # ### Exercise 2: the gradient by hand
 #
-# For vectors, slopes become matrices and the 1 becomes the identity. The sublayer is a small MLP,
-# $f(x) = W_2\, \mathrm{relu}(W_1 x)$, and $y = x + f(x)$. Given `upstream`, the gradient
-# $\partial L / \partial y$, compute $\partial L / \partial x$ without autograd.
+# For vectors, slopes become matrices and the 1 becomes the identity. Going back through $Wx$
+# multiplies the gradient by $W^\top$. If a value is used in several places, its gradients add up.
+#
+# The sublayer is a small MLP, $f(x) = W_2\, \mathrm{relu}(W_1 x)$. Given `upstream`, the gradient
+# at $y = x + f(x)$, compute the gradient at $x$ without autograd.
 
 
 # %% tags=["exercise"]
@@ -297,7 +300,7 @@ def exercise_2() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def gradient_at_input(x: Tensor, w1: Tensor, w2: Tensor, upstream: Tensor) -> Tensor:
+# def gradient_at_input(x, w1, w2, upstream):
 #     at_hidden = w2.T @ upstream
 #     at_hidden_input = at_hidden * (w1 @ x > 0)
 #     return upstream + w1.T @ at_hidden_input
@@ -310,7 +313,7 @@ def exercise_2() -> None:
 # Where do small slopes come from? PyTorch initializes the weights of `nn.Linear` with variance
 # $1/(3 \cdot \text{fan\_in})$, where **fan_in** is the number of inputs. An output sums fan_in
 # products, so its variance is a third of the input's. ReLU zeroes half of the values, which halves
-# the mean square. In each block, a signal passes four linear layers and one ReLU:
+# the mean square. In each block, a signal passes through four linear layers and one ReLU:
 
 # %%
 torch.manual_seed(1)
@@ -330,10 +333,10 @@ for name, layer in layers.items():
 
 # %% [markdown]
 # The expected factor per block is $(1/\sqrt3)^4 / \sqrt2 \approx 0.08$. The gradient goes back
-# through the same matrices and shrinks by the same factor.
+# through the same matrices and shrinks by about the same factor.
 #
 # **Predict before you run:** in a stack of twelve blocks without skip connections, the gradient
-# crosses eleven blocks on its way from the last to the first. By which power of ten does it shrink?
+# crosses eleven blocks on its way from the last to the first. By what power of ten does it shrink?
 
 
 # %%
@@ -351,6 +354,8 @@ def gradient_by_block(model: Model) -> Tensor:
 
 torch.manual_seed(1)
 default_gradient = gradient_by_block(Model(Config(vocab_size=V, n_layer=12, residual=False)))
+
+# %%
 guess = ...  # such as -3 for a thousandth
 
 # %% tags=["prediction"]
@@ -359,10 +364,10 @@ reveal(guess, (default_gradient[0] / default_gradient[-1]).log10(), within=1.5)
 # %% [markdown]
 # ### Exercise 3: a gain-corrected stack
 #
-# The factor by which a layer scales the RMS is its **gain**. He et al. (2015) choose the variance
-# such that the signal keeps its RMS: $2/\text{fan\_in}$ for a layer that reads the output of a
-# ReLU, $1/\text{fan\_in}$ otherwise, and biases of 0. Initialize the four linear layers of each
-# block like this.
+# The factor by which a layer scales the RMS is its **gain**. He et al. (2015, *Rectifiers*) choose
+# the variance so that the signal keeps its RMS: $2/\text{fan\_in}$ for a layer that reads the
+# output of a ReLU, $1/\text{fan\_in}$ otherwise, and biases of 0. Initialize the four linear layers
+# of each block in this way.
 
 
 # %% tags=["exercise"]
@@ -383,7 +388,7 @@ def exercise_3() -> None:
     ratio = (gradient[0] / gradient[-1]).item()
     assert 0.1 < ratio < 10, (
         f"the first block's gradient is {ratio:.2g} times the last block's, which is not within "
-        "10x: does each of the four layers keep the RMS of what it reads?"
+        "10x: does each block, ReLU included, keep the RMS?"
     )
     for name, layer in model.blocks[-1].named_modules():
         if isinstance(layer, nn.Linear):
@@ -399,16 +404,11 @@ def exercise_3() -> None:
 #
 # ```python
 # @torch.no_grad()
-# def gain_corrected(model: Model) -> Model:
+# def gain_corrected(model):
 #     for block in model.blocks:
-#         for layer in (
-#             block.attention.qkv_proj,
-#             block.attention.out_proj,
-#             block.feed_forward.up_proj,
-#             block.feed_forward.down_proj,
-#         ):
-#             after_relu = layer is block.feed_forward.down_proj
-#             variance = (2 if after_relu else 1) / layer.in_features
+#         attention, mlp = block.attention, block.feed_forward
+#         for layer in (attention.qkv_proj, attention.out_proj, mlp.up_proj, mlp.down_proj):
+#             variance = (2 if layer is mlp.down_proj else 1) / layer.in_features
 #             layer.weight.normal_(0, variance**0.5)
 #             if layer.bias is not None:
 #                 layer.bias.zero_()
@@ -436,7 +436,7 @@ def new_model(kind: str, n_layer: int, seed: int = 1) -> Model:
     return model
 
 
-figure, axes = plt.subplots(figsize=(8, 3.4))
+figure, axes = plt.subplots(figsize=(7.4, 3.4))
 for kind, color in KINDS.items():
     gradient = gradient_by_block(new_model(kind, 12))
     axes.semilogy(range(1, 13), gradient, color=color, marker="o")
@@ -451,22 +451,25 @@ axes.set(xlabel="block", ylabel="gradient norm")
 plt.show()
 
 # %% [markdown]
-# With the default initialization, the mean factor per block is the one that the four linear layers
-# and the ReLU predict. With gain correction, the gradient in the first block is about as large as
-# in the last, without any skip connection. So the gradient vanishes here because of the default
-# initialization. (AdamW rescales small gradients. But the signal shrinks by the same factor on its
-# way forward, and nothing rescales that.)
+# With the default initialization, the mean factor per block is the predicted one. With gain
+# correction, the gradient in the first block is about as large as in the last, without any skip
+# connection. So the gradient vanishes here because of the default initialization.
+#
+# AdamW rescales small gradients, as long as they are well above its ε of 1e-8; in the first blocks
+# of this stack they are not. On the way forward, the part of the signal that depends on the input
+# shrinks like the gradient, and nothing rescales it. Only the biases keep the RMS up.
 #
 # Does the gain-corrected stack train as well as the one with skip connections? Train all three
 # briefly, with three blocks and five seeds. Runs with the same seed see the same batches.
 #
-# **Predict before you run:** how many percent of the difference between the default stack and the
+# **Predict before you run:** what percentage of the difference between the default stack and the
 # stack with skip connections does gain correction remove?
 
 # %%
 guess = ...  # percent
 
 # %% tags=["prediction"]
+# This takes about 40 seconds on two cores.
 seeds = range(1, 6)
 losses = {
     kind: torch.tensor([train(new_model(kind, 3, seed), steps(500), seed) for seed in seeds])
@@ -479,7 +482,7 @@ reveal(guess, 100 * (default - corrected) / (default - skips), within=10)
 # %%
 def show_losses(losses: dict[str, Tensor]) -> None:
     """One point per seed, one row per kind of model."""
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(losses)))
+    figure, axes = plt.subplots(figsize=(7.4, 0.6 + 0.5 * len(losses)))
     for row, (kind, values) in enumerate(losses.items()):
         axes.plot(values, [row] * len(values), "o", color=KINDS.get(kind, PINK), alpha=0.7)
         print(
@@ -497,17 +500,19 @@ def show_losses(losses: dict[str, Tensor]) -> None:
 show_losses(losses)
 
 # %% [markdown]
-# Gain correction removes more than half of the difference. A part remains: with every seed, the
-# stack with skip connections is ahead. (This holds for 500 steps at one learning rate.) He et al.
-# (2015), too, saw deep stacks without skip connections train worse although their gradients had
-# healthy norms. They thought vanishing gradients unlikely to be the cause.
+# Gain correction removes more than half of the difference, but not all: with every seed, the stack
+# with skip connections is ahead. After 5,000 steps (two seeds), it removes about half, and the
+# stack matches a single block. He et al. (2015, *ResNet*) also saw deep stacks without skip
+# connections train worse although their gradients had healthy norms. They considered vanishing
+# gradients unlikely to be the cause.
 #
-# ### Exercise 4: a paired comparison
+# ### Challenge · Exercise 4: a paired comparison
 #
-# Is what remains more than chance? `a[i]` and `b[i]` are the losses of two models with the same
-# seed. Compare them pair by pair: the mean $m$ of the differences `b - a`, its standard error
-# $s = \text{std} / \sqrt{n}$, and the 95% interval $m \pm t \cdot s$. Five seeds leave four degrees
-# of freedom, and then $t = 2.776$.
+# Is the remaining difference more than chance? `a[i]` and `b[i]` are losses with the same seed.
+# Compare pair by pair: take the mean $m$ of the differences `b - a`. Five runs are few, so this
+# mean is itself a little random. Its **standard error** $s = \text{std} / \sqrt{n}$ estimates by
+# how much. The interval $m \pm 2.776\, s$ contains the true mean in 95 of 100 such experiments;
+# 2.776 is Student's $t$ for five runs, from a table.
 
 
 # %% tags=["exercise"]
@@ -548,7 +553,7 @@ def exercise_4() -> None:
 # <details><summary>Solution</summary>
 #
 # ```python
-# def paired_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+# def paired_interval(a, b):
 #     differences = b - a
 #     mean = differences.mean().item()
 #     standard_error = differences.std().item() / len(differences) ** 0.5
@@ -581,7 +586,7 @@ def position_differences(model: Model) -> list[float]:
     return result
 
 
-figure, axes = plt.subplots(figsize=(8, 3.4))
+figure, axes = plt.subplots(figsize=(7.4, 3.4))
 for kind, color in KINDS.items():
     values = position_differences(new_model(kind, 12))
     axes.semilogy(values, color=color, marker="o")
@@ -593,8 +598,10 @@ plt.show()
 
 # %% [markdown]
 # Without skip connections, the positions become more alike with each block, in the gain-corrected
-# stack too. If that is what hurts, skip connections around attention alone should help the
-# gain-corrected stack, and those around feed-forward alone should not.
+# stack too. This is called **rank collapse**
+# ([Dong et al. 2021](https://arxiv.org/abs/2103.03404)). If it is what hurts, skip connections
+# around attention alone should help the gain-corrected stack, and those around feed-forward alone
+# should not.
 
 
 # %%
@@ -616,6 +623,7 @@ def one_skip(around: str, seed: int) -> Model:
     return model
 
 
+# The ten models take about half a minute on two cores.
 partly = {
     f"gain-corrected, {around} skips": torch.tensor(
         [train(one_skip(around, seed), steps(500), seed) for seed in seeds]
@@ -626,16 +634,16 @@ gain = "no skips, gain-corrected"
 show_losses({"skips": losses["skips"], gain: losses[gain]} | partly)
 
 # %% [markdown]
-# That is what happens: those around attention recover most of what remained, though not all. So
-# skip connections do two things here. They make up for the default initialization, and around
-# attention they keep each position's own vector.
+# That is what happens: those around attention recover most of the remaining difference, though not
+# all. So skip connections do two things here. They make up for the default initialization, and
+# around attention they keep each position's own vector.
 #
 # ## The residual stream
 #
-# Between embedding and `lm_head`, each position has one vector that sublayers only add to: the
-# **residual stream**. It works like a shared memory. A sublayer reads the whole vector and writes
-# by adding; what others have written stays, unless a sublayer cancels it. Here is a stream of three
-# channels with sublayers written by hand.
+# Between embedding and `lm_head`, sublayers only add to the residual stream. It works like a shared
+# memory: a sublayer reads a position's whole vector and writes by adding. What others have written
+# stays, unless a sublayer cancels it. Here is a stream of three channels with sublayers written by
+# hand.
 
 # %%
 stream = torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, 0.0], [2.0, 0.0, 0.0]])  # 3 positions
@@ -662,13 +670,13 @@ for sublayer in (attention, mlp):
 
 # %% [markdown]
 # The MLP could use what attention wrote, and the embedding is still there for later blocks. Now
-# record what each sublayer of the trained model of six blocks writes:
+# record what each sublayer of the trained six-block model writes:
 
 
 # %%
 @torch.no_grad()
 def read_stream(model: Model, idx: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """What embedding and sublayers write, and the stream after each; (B, T, C) each."""
+    """What the embedding and the sublayers write, and the stream after each; (B, T, C) each."""
     x = model.token_embedding(idx) + model.position_embedding(torch.arange(idx.shape[1]))
     written, streams = [x], [x]
     for block in model.blocks:
@@ -688,7 +696,7 @@ print(f"{len(written)} writes; lm_head of their sum gives the model's logits: {d
 
 # %%
 names = ["embedding"] + [f"{sub} {i}" for i in range(1, 7) for sub in ("attention", "feed-forward")]
-figure, axes = plt.subplots(figsize=(8, 3.8))
+figure, axes = plt.subplots(figsize=(7.4, 3.8))
 colors = [GRAY] + [BLUE, GREEN] * 6
 rms = [[x.square().mean().sqrt().item() for x in each] for each in (written, streams)]
 axes.bar(range(13), rms[0], color=colors)
@@ -712,7 +720,7 @@ plt.show()
 with torch.no_grad():
     lens = [model.lm_head(x) for x in streams]  # (B, T, V) each
 lens_losses = [F.cross_entropy(each.flatten(0, 1), targets.flatten()).item() for each in lens]
-figure, axes = plt.subplots(figsize=(8, 3.6))
+figure, axes = plt.subplots(figsize=(7.4, 3.6))
 axes.plot(lens_losses, color=GRAY)
 axes.scatter(range(13), lens_losses, color=colors, zorder=3, s=45)
 axes.axhline(frequency_loss, color=GRAY, linestyle="--")
@@ -723,11 +731,11 @@ plt.show()
 
 # %% [markdown]
 # The loss falls with each sublayer. At first it is above the character frequencies: `lm_head` was
-# trained on the last stream only. Here is the one of 16,000 predictions that improves most:
+# trained on the last stream only. Of 16,000 predictions, this one improves most:
 
 # %%
 log_probability = [F.log_softmax(each, -1).gather(2, targets[..., None])[..., 0] for each in lens]
-row, t = divmod((log_probability[-1] - log_probability[0]).argmax().item(), 8)  # the largest gain
+row, t = divmod((log_probability[-1] - log_probability[0]).argmax().item(), 8)  # improves most
 print("context", "".join(visible(tokenizer.decode(idx[row, : t + 1].tolist()))), end="")
 print(", next", *visible(tokenizer.decode([targets[row, t].item()])))
 top = [F.softmax(each[row, t], dim=-1).topk(4) for each in lens]
@@ -748,12 +756,11 @@ plt.show()
 
 # %% [markdown]
 # In the saved run, the context ends with a capital letter. The middle blocks favor a second
-# capital, the last ones a small letter.
+# capital, the last ones a lowercase letter.
 #
 # ## The script
 #
-# `git diff --no-index feed_forward.py residual.py` shows the whole change. It adds `Block` and the
-# two fields of `Config`; in `Model`, `self.blocks` replaces the single attention and feed-forward.
+# `git diff --no-index feed_forward.py residual.py` shows the whole change, and
 # `python residual.py --no-residual` trains without skip connections.
 #
 # ## Quiz
@@ -784,12 +791,12 @@ plt.show()
 # </details>
 #
 # **4.** A stack without skip connections has a vanishing gradient at initialization. Does that show
-# that skip connections are needed against it?
+# that skip connections are needed to fix it?
 #
 # <details><summary>Answer</summary>
 #
 # No. Here the default initialization causes it, and gain correction removes it without a skip
-# connection. To see what else skip connections do, compare them with a gain-corrected stack.
+# connection.
 #
 # </details>
 #
@@ -797,8 +804,7 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# All blocks write to the same channels by addition. An early stream is the last one minus what is
-# added later.
+# All blocks write to the same channels by addition.
 #
 # </details>
 
@@ -806,7 +812,7 @@ plt.show()
 # ## Papers
 #
 # - He et al., [Deep Residual Learning for Image Recognition](https://arxiv.org/abs/1512.03385)
-#   (2015): ResNet. See section 4.1 on vanishing gradients; their networks had batch normalization.
+#   (2015): ResNet, with batch normalization. See section 4.1.
 # - He et al., [Delving Deep into Rectifiers](https://arxiv.org/abs/1502.01852) (2015): the
 #   gain-corrected initialization.
 # - Elhage et al., [A Mathematical Framework for Transformer

@@ -13,11 +13,13 @@
 # %% [markdown]
 # # 7 · GPT
 #
-# You scale the model up and add what a larger model needs to train well: dropout, a careful
-# initialization, AdamW with a schedule, and gradient clipping. A KV cache makes sampling faster.
+# You scale the model up and add dropout, careful initialization, AdamW with a schedule, gradient
+# clipping, and a KV cache for faster sampling.
 #
 # With `gpt.py`'s preset `small`, the validation loss drops from about 2.06 to about 1.63 nats per
-# character. The notebook takes about 90 minutes.
+# character, probably thanks more to its size, context and training text than to these techniques.
+#
+# Allow 45 minutes to read and run, two hours more for all exercises; you can skip the challenge.
 #
 # ![The model of gpt.py](../results/diagrams/gpt.svg)
 
@@ -61,6 +63,8 @@ training, held_out = corpus.train, corpus.validation[: steps(20_000)]
 
 
 # %%
+# Annotated, Divides, Fraction, NonNegative and NonNegativeInt only let the command line refuse
+# impossible values. Read them as int and float.
 @dataclass
 class Config:
     vocab_size: int = 65  # V: vocabulary size, the number of distinct characters
@@ -72,7 +76,7 @@ class Config:
     batch_size: int = 64  # B: sequences per training step
     max_iters: int = 5000  # training steps
     eval_interval: int = 250  # steps between evaluations
-    learning_rate: float = 1e-3  # size of AdamW's steps, at its peak
+    learning_rate: float = 1e-3  # AdamW's step size, at the peak of the schedule
     warmup_iters: NonNegativeInt = 100  # steps over which the learning rate rises to its peak
     weight_decay: NonNegative = 0.1  # each step shrinks matrices by this times the learning rate
     gradient_clip: float = 1.0  # maximum gradient norm
@@ -90,7 +94,7 @@ for name, config in (("full", full), ("small", small), ("tiny", tiny)):
 #
 # A large model can memorize a small text. **Dropout** makes that harder: during training, each
 # activation is zeroed with probability $p$, so no unit can rely on another one being present. The
-# others are divided by $1-p$, which keeps the expected value.
+# rest are divided by $1-p$, which preserves the expected value.
 
 # %%
 torch.manual_seed(1)
@@ -105,7 +109,7 @@ dropout.eval()
 print("evaluation     ", dropout(x).tolist())
 
 # %% [markdown]
-# `model.train()` and `model.eval()` switch between the two. `gpt.py` applies dropout to attention
+# `model.train()` and `model.eval()` turn dropout on and off. `gpt.py` applies it to attention
 # weights, sublayer outputs and the sum of the embeddings.
 #
 # ## KV cache
@@ -139,8 +143,8 @@ for t in range(3):
 # %% [markdown]
 # ## Attention and block
 #
-# `attention` is scores, mask, softmax and weighted average as in `layer_norm.py`, with dropout on
-# the weights. It also accepts fewer queries than keys, which the cache needs.
+# `attention` computes the same as in `layer_norm.py`, with dropout on the weights. It also accepts
+# fewer queries than keys, as the cache requires.
 
 
 # %%
@@ -150,10 +154,10 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head = config.n_head
-        # No biases: a key bias cancels in softmax, and out_proj's bias absorbs a value bias.
+        # No biases, as in the lecture; a key bias would cancel in softmax anyway.
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = Dropout(config.dropout)  # of attention weights
+        self.dropout = Dropout(config.dropout)  # drops attention weights
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -162,7 +166,7 @@ class MultiHeadAttention(nn.Module):
         query, key, value = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is not None:
             key, value = cache.extend(key, value)  # (B, H, S, D) each
-        # The scores, mask, softmax and weighted average of layer_norm.py, as fast as possible.
+        # Scores, mask, softmax and weighted average as in layer_norm.py, but faster.
         x = attention(query, key, value, self.dropout)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.out_proj(x)
@@ -188,7 +192,7 @@ class Block(nn.Module):
 # %% [markdown]
 # ## Initialization
 #
-# Every matrix is sampled with standard deviation 0.02. Small weights make small logits, so an
+# Every matrix is initialized with standard deviation 0.02. Small weights make small logits, so an
 # untrained model gives all characters about the same probability.
 #
 # The residual stream sums $2 \cdot n_\text{layer}$ sublayer outputs. Variances of independent
@@ -241,7 +245,7 @@ class Model(LanguageModel):
 
 # %%
 def unscaled(model: nn.Module) -> None:
-    """Undo the division by √(2 · n_layer)."""
+    """Undo the division by √(2 · n_layer): the embeddings become a small part of the stream."""
     for name, parameter in model.named_parameters():
         if name.endswith(("out_proj.weight", "down_proj.weight")):
             parameter.data *= math.sqrt(2 * len(model.blocks))
@@ -278,13 +282,12 @@ for parameter in model.parameters():
 print(f"with matrices 50 times as large, first loss {model(idx, targets)[1].item():.2f}")
 
 # %% [markdown]
-# Unscaled, the embeddings become a small part of a deep model's stream.
-#
 # ## AdamW and weight decay
 #
 # Adam keeps two running averages for each parameter: $m$ of its gradients and $v$ of their squares,
-# both corrected for their start at 0. The step is $\text{learning rate} \cdot m / \sqrt{v}$.
-# Multiply all gradients by 1,000, and the steps stay the same: Adam is **scale-invariant**.
+# both corrected for starting at 0. The step is $\text{learning rate} \cdot m / \sqrt{v}$.
+# Multiply all gradients by 1,000, and the steps stay the same: Adam is **scale-invariant**, as long
+# as gradients are well above ε = 10⁻⁸, which the formula leaves out.
 #
 # AdamW adds **weight decay**: each step also multiplies the weights by
 # $1 - \text{learning rate} \cdot \text{weight decay}$. Matrices and embeddings decay; biases and
@@ -334,18 +337,19 @@ print(f"norm of the embedding of {name}: {norms[0]:.4f}, then {norms[-1]:.4f}")
 print(f"ratio {norms[-1] / norms[0]:.4f}, and (1 - 0.01 * 0.1) ** 100 = {0.999**100:.4f}")
 
 # %% [markdown]
-# Embeddings decay at every step, also those of rare characters, which get few gradients.
+# Embeddings decay at every step, even those of rare characters, which get few gradients.
 #
 # ## Warm-up and cosine
 #
 # The learning rate rises linearly during **warm-up**. Then it decays along half a **cosine** to a
 # tenth of its peak: short steps average out the noise of single batches.
 #
-# "The first gradients are large" is no reason for warm-up, since Adam is scale-invariant. There are
-# two others:
+# Notebook 6 gave Xiong's reason for warm-up, large first gradients. That alone cannot be it, since
+# Adam divides by their size. Two others are given:
 #
-# - $m$ and $v$ are estimated from few gradients at first. At step 1, $m/\sqrt{v}$ is ±1 for every
-#   parameter, even if its gradient is pure noise (left panel).
+# - At first, $m$ and $v$ are estimated from few gradients. At step 1, $m/\sqrt{v}$ is ±1 for every
+#   parameter, even if its gradient is pure noise, so early steps are long (left panel;
+#   [Ma & Yarats](https://arxiv.org/abs/1910.04209)).
 # - Early in training the loss surface is sharp: a long step overshoots
 #   ([Gilmer et al.](https://arxiv.org/abs/2110.04369)).
 
@@ -360,7 +364,7 @@ def learning_rate_at(step: int, config: Config) -> float:
 
 
 noise = torch.randn(100, 10_000, generator=torch.Generator().manual_seed(1))
-figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.2))
+figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.2))
 left.plot(range(1, 101), adam_steps(noise).square().mean(dim=1).sqrt())
 left.set(xlabel="training step", ylabel="RMS of Adam's step", ylim=(0, 1.05))
 left.set_title("gradients that are pure noise", fontsize=11)
@@ -372,7 +376,7 @@ plt.show()
 # %% [markdown]
 # ### Exercise 1: a trapezoid
 #
-# Another schedule: linear warm-up as above, then a constant rate, then over the last fifth of
+# Write another schedule: linear warm-up as above, then a constant rate, then over the last fifth of
 # `max_iters` a linear decay that would reach 0 at step `max_iters`.
 
 
@@ -394,7 +398,7 @@ def exercise_1() -> None:
     assert math.isclose(rate[9], 0.5), f"the tenth step should be at the peak, not {rate[9]:.4f}"
     for step in (10, 500, 799, 800):
         assert math.isclose(rate[step], 0.5), f"step {step}: {rate[step]:.4f}, not the peak"
-    assert math.isclose(rate[900], 0.25), f"step 900 is half-way down, yours {rate[900]:.4f}"
+    assert math.isclose(rate[900], 0.25), f"step 900 is halfway down, yours {rate[900]:.4f}"
     assert math.isclose(rate[999], 0.0025), f"the last rate is {rate[999]:.4f}, not 0.0025"
     rate = given(trapezoid(0, replace(config, warmup_iters=0)))
     assert math.isclose(rate, 0.5), f"without warm-up, the first rate is the peak, not {rate:.4f}"
@@ -406,8 +410,8 @@ def exercise_1() -> None:
 # ```python
 # def trapezoid(step, config):
 #     rising = (step + 1) / max(1, config.warmup_iters)
-#     falling = (config.max_iters - step) / (0.2 * config.max_iters)
-#     return config.learning_rate * min(rising, 1.0, falling)
+#     decaying = (config.max_iters - step) / (0.2 * config.max_iters)
+#     return config.learning_rate * min(rising, 1.0, decaying)
 # ```
 #
 # </details>
@@ -416,7 +420,7 @@ def exercise_1() -> None:
 #
 # **Clipping** scales the gradient of the whole model down to a norm of at most 1. If all gradients
 # shrink alike, little changes: Adam is scale-invariant. What matters is a **spike**, one gradient
-# far larger than the others. Below, all gradients are 1, but that of step 50 is −100.
+# far larger than the others. Below, all gradients are 1, except for −100 at step 50.
 
 # %%
 gradients = torch.ones(200, 1)
@@ -435,8 +439,8 @@ axes.set_xticks(range(0, 201, 50))
 plt.show()
 
 # %% [markdown]
-# Not clipped, the spike turns $m$ the wrong way for 20 steps. It stays in $v$ for longer, so the
-# steps after that are small.
+# Without clipping, the spike turns $m$ the wrong way for 20 steps. It stays in $v$ for longer, so
+# the steps after that are small.
 #
 # ## Micro-batches
 #
@@ -450,7 +454,7 @@ plt.show()
 
 # %% tags=["exercise"]
 def accumulate(model: nn.Module, idx: Tensor, targets: Tensor, count: int) -> float:
-    """Return the loss of the batch; its gradient is in the parameters' .grad."""
+    """Return the loss of the batch; leave its gradient in the parameters' .grad."""
     model.zero_grad()
     for rows, answers in zip(idx.tensor_split(count), targets.tensor_split(count), strict=True):
         _, loss = model(rows, answers)
@@ -466,13 +470,15 @@ def exercise_2() -> None:
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     for rows, parts in ((4, [2, 2]), (5, [3, 2])):
         _, loss = model(idx[:rows], targets[:rows])
-        gradient = torch.autograd.grad(loss, model.lm_head.weight)[0]
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
         sizes.clear()
         answer = given(accumulate(model, idx[:rows], targets[:rows], 2))
         assert sizes == parts, f"forward passes got {sizes} rows, expected {parts}"
-        assert model.lm_head.weight.grad is not None, "there is no gradient: call backward"
-        ratio = (model.lm_head.weight.grad.norm() / gradient.norm()).item()
-        off = (model.lm_head.weight.grad - gradient).norm() / gradient.norm()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient: call backward"
+        found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        wanted = torch.cat([gradient.flatten() for gradient in gradients])
+        ratio, off = found.norm() / wanted.norm(), (found - wanted).norm() / wanted.norm()
         message = f"the gradient of parts of {parts} rows is not that of the batch"
         assert off < 1e-4, f"{message}: its norm is {ratio:.3f} times as large"
         message = f"the loss is {float(answer):.4f}, that of the batch {loss.item():.4f}"
@@ -531,19 +537,20 @@ def train(
 
 config = replace(small, block_size=32, n_layer=2, batch_size=16, learning_rate=4e-3)
 config = replace(config, max_iters=steps(1500))
-model, rows = train(config, watch=(held_out,))  # half a minute or so
+model, rows = train(config, watch=(held_out,))  # about 40 seconds on two cores
 for step, loss in rows:
     print(f"step {step:4}: validation loss {loss:.3f}")
 
-writer = model, tokenizer
+writer, source = (model, tokenizer), "the model above"
 if Path("../runs/gpt/best.pt").exists() and not QUICK:  # you have run gpt.py: use that
-    writer = load("../runs/gpt", "cpu")
+    writer, source = load("../runs/gpt", "cpu"), "your run runs/gpt"
+print(f"\nwritten by {source}:")
 print("".join(generate(*writer, length=300)))
 
 # %% [markdown]
 # ## Inside: what the context is worth
 #
-# The first prediction in a window sees one character, the last one sees 32.
+# The first prediction in a window sees one character; the last one sees 32.
 
 # %%
 T = config.block_size
@@ -561,7 +568,7 @@ axes.set(xlabel="visible characters", ylabel="loss (nats per character)")
 plt.show()
 
 # %% [markdown]
-# The first few characters help most; more context helps less and less.
+# The first few characters help most.
 #
 # ## The same text, faster
 #
@@ -600,20 +607,21 @@ axes.set(ylim=(0, None), xlim=(0, 620), xticks=range(0, 501, 100))
 plt.show()
 
 # %% [markdown]
-# The price is memory: a key and a value of $C$ numbers per character and layer.
+# The price is memory: a key and a value of $C$ channels per character and layer.
 #
 # ## Overfitting
 #
 # **Overfitting** means that the loss keeps falling on the training text while it rises on other
-# text. To provoke it, train on only 5,000 characters, and validate on the 20,000 after them.
+# text. To provoke it, train on only 5,000 characters, and validate on the next 20,000.
 #
-# **Predict before you run:** of 500 steps, after how many is the validation loss lowest without
+# **Predict before you run:** after how many of 500 steps is the validation loss lowest without
 # dropout?
 
 # %%
 guess = ...  # steps
 
 # %% tags=["prediction"]
+# This takes about 20 seconds on two cores.
 few, other = training[:5000], training[5000:25000]
 wide = replace(tiny, n_embd=128, n_layer=1, learning_rate=4e-3, warmup_iters=50)
 wide, dropouts = replace(wide, max_iters=steps(500)), (0.0, 0.3)
@@ -621,7 +629,7 @@ overfit = [train(replace(wide, dropout=p), few, watch=(few, other))[1] for p in 
 reveal(guess, min(overfit[0], key=lambda row: row[2])[0], within=100)
 
 # %%
-figure, panels = plt.subplots(1, 2, figsize=(7.6, 3.4), sharey=True)
+figure, panels = plt.subplots(1, 2, figsize=(7.4, 3.4), sharey=True)
 for axes, p, rows in zip(panels, dropouts, overfit, strict=True):
     at, *curves = zip(*rows, strict=True)
     for name, losses, color in zip(("training", "validation"), curves, (GRAY, BLUE), strict=True):
@@ -635,13 +643,12 @@ panels[0].set_ylabel("loss (nats per character)")
 plt.show()
 
 # %% [markdown]
-# Dropout slows the memorizing; stopping early does as well here. `small` sees its text about four
-# times and has no dropout; `full` sees it about 80 times.
+# Dropout slows memorization; here, early stopping works as well.
 #
 # ## Break it
 #
-# Leave out one technique at a time, at two learning rates. Each dot compares two trainings with the
-# same seed.
+# Leave out one technique at a time, at two learning rates. Each dot compares two runs with the same
+# seed.
 
 
 # %%
@@ -663,7 +670,7 @@ VARIANTS = {  # changes of the config, and options of train
     "no cosine decay": ({}, {"schedule": constant}),
     "no clipping": ({"gradient_clip": math.inf}, {}),
 }
-final = {}
+final = {}  # the 36 short runs take about 40 seconds on two cores
 for name, (changes, options) in VARIANTS.items():
     for rate in (0.003, 0.01):
         config = replace(tiny, block_size=16, learning_rate=rate, max_iters=steps(150), **changes)
@@ -671,7 +678,7 @@ for name, (changes, options) in VARIANTS.items():
         final[name, rate] = torch.tensor([exact_loss(each, held_out) for each in models])
 
 # %%
-figure, axes = plt.subplots(figsize=(7.6, 3.4))
+figure, axes = plt.subplots(figsize=(7.4, 3.4))
 names = list(VARIANTS)[1:]
 for rate, color, shift in ((0.003, BLUE, -0.12), (0.01, ORANGE, 0.12)):
     base = final["nothing changed", rate]
@@ -693,14 +700,14 @@ axes.set(xlabel="increase of the validation loss (nats per character)")
 plt.show()
 
 # %% [markdown]
-# At the higher rate, no warm-up costs most, with every seed. PyTorch's initialization is worse at
-# the usual rate and better at the higher one, perhaps because 0.02 is small for 64 channels. The
-# other differences are small or change sign with the seed.
+# At the higher rate, omitting warm-up costs most, with every seed. PyTorch's initialization is
+# worse at the usual rate and better at the higher one. The other differences are small or change
+# sign with the seed.
 #
 # ## The same model elsewhere
 #
 # [nanoGPT](https://github.com/karpathy/nanoGPT/blob/master/model.py) and
-# [Hugging Face's GPT-2](https://huggingface.co/docs/transformers/model_doc/gpt2) name its parts so:
+# [Hugging Face's GPT-2](https://huggingface.co/docs/transformers/model_doc/gpt2) use these names:
 #
 # `gpt.py`|nanoGPT|Hugging Face|difference
 # ---|---|---|---
@@ -708,24 +715,24 @@ plt.show()
 # `position_embedding`|`wpe`|`wpe`|
 # `blocks`|`h`|`h`|
 # `attention_norm`|`ln_1`|`ln_1`|
-# `qkv_proj`|`attn.c_attn`|`attn.c_attn`|here no bias
+# `qkv_proj`|`attn.c_attn`|`attn.c_attn`|no bias here
 # `out_proj`|`attn.c_proj`|`attn.c_proj`|
 # `feed_forward_norm`|`ln_2`|`ln_2`|
 # `up_proj`|`mlp.c_fc`|`mlp.c_fc`|
 # ReLU|GELU|GELU (tanh)|smoother
 # `down_proj`|`mlp.c_proj`|`mlp.c_proj`|
 # `final_norm`|`ln_f`|`ln_f`|
-# `lm_head`|`lm_head`|`lm_head`|here not tied
+# `lm_head`|`lm_head`|`lm_head`|not tied here
 # `nn.Linear`|`nn.Linear`|`Conv1D`|weight transposed
 # `KVCache`|none|`past_key_values`|
 #
-# **Weight tying**: GPT-2 uses one matrix as `wte` and as `lm_head`. That saves the smallest GPT-2
-# 39 M parameters; with 65 characters there is little to save.
+# nanoGPT's `train.py` leaves out all biases, those of LayerNorm too. **Weight tying**: GPT-2 uses
+# one matrix as `wte` and as `lm_head`.
 #
 # ### Exercise 3: eight bugs
 #
-# A buggy GPT often trains, only worse. The next cell is right; the one after it has eight bugs. Fix
-# them in place, then replace the dots in its last line.
+# A buggy GPT often trains, just worse. The next cell is correct; the one after it has eight bugs.
+# Fix them there, then replace the dots in its last line.
 
 
 # %%
@@ -847,11 +854,13 @@ def exercise_3() -> None:
 #
 # </details>
 #
-# ### Exercise 4: a scaling law
+# ### Challenge · Exercise 4: a scaling law
 #
 # With $N$ parameters, the loss is about $a + b \cdot N^{-c}$: a power law
-# ([Kaplan et al.](https://arxiv.org/abs/2001.08361)) above a floor $a$. Fit it to three models, and
-# predict a fourth. For a given $c$, `torch.linalg.lstsq` finds $a$ and $b$.
+# ([Kaplan et al.](https://arxiv.org/abs/2001.08361)) above a floor $a$
+# ([Hoffmann et al.](https://arxiv.org/abs/2203.15556)). Fit it to three models, and predict a
+# fourth. Three points determine $a$, $b$ and $c$, so only the fourth tests the law. For a given
+# $c$, `torch.linalg.lstsq` finds $a$ and $b$.
 
 
 # %%
@@ -864,6 +873,7 @@ def loss_of_width(n_embd: int) -> tuple[int, float]:
     return sum(p.numel() for p in models[0].blocks.parameters()), sum(losses) / 3
 
 
+# The nine runs take about 20 seconds on two cores.
 measured = [loss_of_width(n_embd) for n_embd in (8, 16, 32)]
 for N, loss in measured:
     print(f"{N:6,} parameters: loss {loss:.3f}")
@@ -882,16 +892,19 @@ def fit_power_law(sizes: list[int], losses: list[float]) -> tuple[float, float, 
 # %% tags=["check"]
 @check
 def exercise_4() -> None:
-    sizes = [1000, 4000, 16000, 64000]
-    a, b, c = given(fit_power_law(sizes, [1.5 + 20 * N**-0.4 for N in sizes]))
-    assert a > 0.1, "your law lets an infinite model predict text without any loss"
-    guess = a + b * 1e6**-c
-    message = f"on exact data, the loss at a million parameters is 1.580, yours {guess:.3f}"
-    assert abs(guess - 1.5 - 20 * 1e6**-0.4) < 0.005, message
+    def loss_at(N: float, a: float, b: float, c: float) -> float:
+        return a + b * N**-c
+
+    for sizes, law in (([1e3, 4e3, 16e3, 64e3], (1.5, 20, 0.4)), ([1e3, 3e3, 9e3], (0.9, 8, 0.2))):
+        found = given(fit_power_law(sizes, [loss_at(N, *law) for N in sizes]))
+        assert found[0] > 0.1, "your law lets an infinite model predict text without any loss"
+        wanted, guess = loss_at(1e6, *law), loss_at(1e6, *found)
+        message = f"the loss at a million parameters is {wanted:.3f}, yours {guess:.3f}"
+        assert abs(guess - wanted) < 0.01, f"on exact data for {len(sizes)} sizes, {message}"
     a, b, c = fit_power_law(*map(list, zip(*measured, strict=True)))
-    N, loss = loss_of_width(48)
+    N, loss = loss_of_width(48)  # three more runs, about 10 seconds on two cores
     print(f"{a:.2f} + {b:.1f} * N ** -{c:.2f} predicts {a + b * N**-c:.3f}; measured: {loss:.3f}")
-    assert QUICK or abs(a + b * N**-c - loss) < 0.03, "the prediction is off by more than 0.03"
+    print(f"off by {a + b * N**-c - loss:+.3f}; the noise of your three models is part of this")
 
 
 # %% [markdown]
@@ -902,9 +915,9 @@ def exercise_4() -> None:
 #     N, loss, laws = torch.tensor(sizes).double(), torch.tensor(losses).double(), []
 #     for c in torch.linspace(0.01, 1.5, 1000).tolist():
 #         X = torch.stack((torch.ones_like(N), N**-c), dim=1)
-#         solution = torch.linalg.lstsq(X, loss[:, None]).solution
-#         error = (X @ solution - loss[:, None]).square().sum().item()
-#         laws.append((error, *solution.flatten().tolist(), c))
+#         a, b = torch.linalg.lstsq(X, loss[:, None]).solution.flatten().tolist()
+#         error = (a + b * N**-c - loss).square().sum().item()
+#         laws.append((error, a, b, c))
 #     return min(laws)[1:]
 # ```
 #
@@ -912,14 +925,15 @@ def exercise_4() -> None:
 #
 # ## After pre-training
 #
-# **Pre-training** is what you did: the model continues text. An assistant takes more:
+# **Pre-training** is what you did: the model continues text. An assistant needs more:
 #
 # - **SFT**, supervised fine-tuning, continues training on prompts with answers that people wrote.
-#   The loss stays the same ([Ouyang et al.](https://arxiv.org/abs/2203.02155)).
+#   The loss stays the same, usually counted on the answer only
+#   ([Ouyang et al.](https://arxiv.org/abs/2203.02155)).
 # - **RLHF**: people rank answers, and a reward model learns to predict their ranking. Reinforcement
 #   learning then raises the reward, with a penalty for moving far from the SFT model (same paper).
-# - **DPO** needs rankings, but no reward model and no reinforcement learning. Its loss makes
-#   preferred answers more likely and rejected ones less likely, relative to the SFT model
+# - **DPO** needs only the rankings. Its loss raises the log-probability of the preferred answer,
+#   relative to the SFT model, above that of the rejected one; only this difference counts
 #   ([Rafailov et al.](https://arxiv.org/abs/2305.18290)).
 #
 # ### Exercise 5: pre-train, then fine-tune
@@ -978,9 +992,8 @@ def exercise_5() -> None:
 #
 # ```python
 # def fine_tune(model, tokens, count, learning_rate):
-#     generator = torch.Generator().manual_seed(1)
+#     generator, losses = torch.Generator().manual_seed(1), []
 #     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-#     losses = []
 #     for _ in range(count):
 #         idx, targets = draw_batch(tokens, model.block_size, 16, generator)
 #         _, loss = model(idx, targets)
@@ -996,13 +1009,12 @@ def exercise_5() -> None:
 # ## Encoders and decoders
 #
 # GPT is a **decoder**: a causal mask lets it generate. An **encoder**, such as BERT, has no mask
-# and reads a complete text. In **cross-attention**, as in the first Transformer, a decoder's
-# queries attend to keys and values from an encoder.
+# and reads a complete text. In **cross-attention**, a decoder's queries attend to keys and values
+# from an encoder.
 #
 # ## The script
 #
-# `git diff --no-index layer_norm.py gpt.py` shows dropout, initialization and cache in the classes,
-# and two new functions. In `main`, the loop gains the learning rate, micro-batches and clipping.
+# `git diff --no-index layer_norm.py gpt.py` shows the whole change.
 #
 
 # %% [markdown]
@@ -1023,15 +1035,14 @@ def exercise_5() -> None:
 # 3. Why warm up?
 #
 # <details><summary>Answer</summary>
-# While m and v come from few gradients, steps are as long for noise as for signal; and the loss
-# surface is sharp.
+# While m and v come from few gradients, steps are as long for noise as for signal.
 # </details>
 #
 # 4. When is a cached key wrong?
 #
 # <details><summary>Answer</summary>
 # When earlier positions can change: without a causal mask, or when the window moves and each
-# character gets another position embedding.
+# character gets a different position embedding.
 # </details>
 #
 # 5. The training loss falls while the validation loss rises. What now?

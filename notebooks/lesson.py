@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
-# COURSE_QUICK=1 in the environment runs a notebook with a fraction of the steps, to see that it
+# COURSE_QUICK=1 in the environment runs a notebook with a fraction of the steps, to check that it
 # works. Its losses mean nothing.
 QUICK = os.environ.get("COURSE_QUICK", "") not in ("", "0")
 
@@ -41,7 +41,7 @@ torch.set_num_threads(1 if QUICK else torch.get_num_threads())
 
 
 def say(text: str, sign: tuple[str, str] = ("", GRAY)) -> None:
-    """A line in color, with a symbol for those who do not see the color."""
+    """Show a line in color, with a symbol for readers who cannot see the color."""
     symbol, color = sign
     line = f"{symbol} {text}".strip()
     style = f"color: {color}; font-weight: bold; white-space: pre-wrap; margin: 0"
@@ -59,7 +59,7 @@ def steps(count: int) -> int:
 
 
 def visible(text: str) -> list[str]:
-    """A text's characters as labels, with signs for space and newline."""
+    """A text's characters as labels, with symbols for space and newline."""
     return [{" ": "␣", "\n": "↵"}.get(character, character) for character in text]
 
 
@@ -94,7 +94,7 @@ def causal(weights: Tensor) -> Tensor:
 def reveal(guess: object, answer: object, within: float = 0.0) -> None:
     """Compare the reader's prediction with the answer; without one, the answer stays hidden."""
     if guess is ...:
-        say("Type your prediction above first, instead of the three dots.", OPEN)
+        say("First replace the three dots above with your prediction.", OPEN)
     elif isinstance(answer, str):
         hit = str(guess).strip().lower() == answer.lower()
         say(f"You said {guess}; it is {answer}.", RIGHT if hit else WRONG)
@@ -123,16 +123,22 @@ def check(exercise: Callable[[], None]) -> None:
         exercise()
         say("Right.", RIGHT)
     except NotYet:
-        say("Nothing there yet: fill in the cell above, run it, then run this one again.", OPEN)
+        missing = "a value is still `...`, or a `return` is missing"
+        say(f"Not finished: {missing}. Change the cell above, run it, then run this one.", OPEN)
     except AssertionError as error:
         say(f"Not yet: {error}", WRONG)
     except Exception as error:  # whatever the reader's code does
-        where = line_of(error)
-        say(f"Not yet: your code stopped with {type(error).__name__}: {error}{where}", WRONG)
+        what, where = f"{type(error).__name__}: {error}", line_of(error)
+        if where:
+            say(f"Not yet: your code stopped with {what}{where}", WRONG)
+        else:
+            say(
+                f"Not yet: the check cannot use your answer; is it of the right type? {what}", WRONG
+            )
 
 
 def failed_above() -> str:
-    """A complaint if the cell that ran last has failed, since its functions are then old ones."""
+    """A complaint if the previous cell failed, since its functions are then outdated."""
     shell = get_ipython()
     result = shell.last_execution_result if shell else None
     error = (result.error_before_exec or result.error_in_exec) if result else None

@@ -95,7 +95,7 @@ def start(script: str, *flags: object, cwd: Path, threads: int = 1) -> subproces
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Wait for a process, but not for ever: exit code, output, errors."""
+    """Wait for a process, but not forever: exit code, output, errors."""
     try:
         output, errors = process.communicate(timeout=TIME_LIMIT)
     finally:

@@ -261,9 +261,9 @@ def test_on_a_terminal_each_run_has_a_live_line(text, tmp_path):
         ("--modern bigram gpt", "name no runs or scripts"),
         ("--modern --no-train", "nothing to compare"),
         ("--no-train --max-iters 30", "nothing to compare"),
-        (f"{folder_of('bigram')} bigram", "bigram is no run"),
+        (f"{folder_of('bigram')} bigram", "bigram is not a run"),
         (f"{folder_of('bigram')} --seeds 2", "--seeds"),
-        (f"{folder_of('bigram')} {RUNS}", "is no run"),
+        (f"{folder_of('bigram')} {RUNS}", "is not a run"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(flags, message, fake, refused):
@@ -304,7 +304,7 @@ def test_scripts_with_flags(tmp_path, compare):
     assert ["--n-head 1" in row["run"] for row in table_of(folder)] == [True, False]
 
 
-def test_a_reader_compares_a_script_of_his_own(corpus, fake, run, monkeypatch):
+def test_a_reader_compares_a_script_of_their_own(corpus, fake, run, monkeypatch):
     mine = ROOT / "my_test_gpt.py"
     source = (ROOT / "gpt.py").read_text(encoding="utf-8")
     mine.write_text(source.replace("dropout: Fraction = 0.2", "dropout: Fraction = 0.3"), "utf-8")

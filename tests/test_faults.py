@@ -98,7 +98,7 @@ def test_runs_without_out_that_start_together_have_folders_of_their_own(
 
 
 def killed_at(write: int, train: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Train in a child that dies at its so manieth rename, as if killed; whether it did."""
+    """Train in a child that dies at its n-th rename, as if killed; return whether it did."""
     rename, count = trainer.folder.rename, []
 
     def dying(*paths: Path) -> None:
@@ -358,7 +358,7 @@ def test_a_full_disk_behind_the_output(text, tmp_path):
 
 @POSIX
 @pytest.mark.slow
-def test_a_run_whose_output_nobody_reads_goes_on(text, tmp_path):
+def test_a_run_whose_output_nobody_reads_continues(text, tmp_path):
     process = start("bigram", *FAST, "--data", text, "--out", "run", cwd=tmp_path)
     process.stdout.readline()
     process.stdout.close()

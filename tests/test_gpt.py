@@ -39,7 +39,7 @@ def parts_of(folder: Path, name: str = "checkpoint.pt") -> dict:
     return torch.load(folder / name, weights_only=True)["parts"]
 
 
-# Dropout: on a CPU each random number is cut into four.
+# Dropout: on a CPU, each random number is split into four.
 
 
 def tolerance(p: float, count: int) -> float:
@@ -55,7 +55,7 @@ def test_dropout_zeroes_its_fraction_and_keeps_the_mean(p, dtype):
     result = Dropout(p)(x)
     assert (result.shape, result.dtype) == (x.shape, dtype)
     dropped = result == 0
-    for i in range(4):  # each of the four numbers that one draw is cut into
+    for i in range(4):  # each of the four numbers that one draw is split into
         piece = dropped.flatten()[i::4].double()
         assert piece.mean().item() == pytest.approx(p, abs=tolerance(p, len(piece)))
     scale = torch.tensor(1 / (1 - p)).to(dtype)
@@ -248,7 +248,7 @@ def test_micro_batches_are_as_few_as_fit_a_cpus_cache(rows, n_embd, at_least, ex
     ],
     ids=str,
 )
-def test_the_dtype_follows_what_the_machine_can_do_and_never_a_clock(
+def test_the_dtype_depends_on_what_the_machine_can_do_and_never_on_timing(
     capabilities, expected, monkeypatch
 ):
     def clock() -> float:

@@ -103,7 +103,7 @@ def test_it_starts_from_the_best_weights_with_their_settings(stage, sources, run
     assert (written["config"], written["init_from"]) == (config, str(source))
 
 
-def test_what_leaves_the_weights_function_alone_may_differ(sources, run, tmp_path):
+def test_flags_that_do_not_change_what_the_weights_compute_may_differ(sources, run, tmp_path):
     source = sources("gpt")
     flags = "--learning-rate 0.002 --max-iters 10 --dropout 0.3 --batch-size 2".split()
     assert run("gpt", "--init-from", source, "--out", "next", *flags)[0] == 0
@@ -120,7 +120,7 @@ SIZES = "n-embd 16,block-size 16,block-size 4,n-layer 1,n-layer 3,n-head 4,n-hea
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_changes_the_weights_function_is_refused(size, sources, refused):
+def test_flags_that_change_what_the_weights_compute_are_refused(size, sources, refused):
     complaint = refused("gpt", "--init-from", sources("gpt"), *f"--{size}".split())
     assert "flag" in complaint
 
@@ -194,7 +194,7 @@ def test_a_run_with_new_characters_resumes(sources, run, more, tmp_path, monkeyp
     assert run("gpt", *flags, "--data", prepared(more), "--out", "whole")[0] == 0
     stop_at(13, monkeypatch)
     assert run("gpt", *flags, "--data", more, "--out", "stopped")[0] == 130
-    shutil.rmtree(source)  # it is needed no longer
+    shutil.rmtree(source)  # it is no longer needed
     assert run("gpt", "--resume", "--out", "stopped")[0] == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     rows = table(tmp_path / "whole")
@@ -234,7 +234,7 @@ def test_a_run_on_a_prepared_folder_is_the_run_on_its_text(
     stop_at(13, monkeypatch)
     assert small_run("gpt", "--data", data, "--out", "stopped")[0] == 130
     resume = ["gpt", "--resume", "--out", "stopped", "--sample-length", 20]
-    # The text itself is another corpus, for all that is known: its SHA-256 is not the folder's.
+    # The text itself counts as another corpus: its SHA-256 is not the folder's.
     assert str(text) in refused(*resume, "--data", text)
     assert run(*resume)[0] == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""A reader's way: JupyterLab in a browser, a notebook opened, all cells run."""
+"""As a reader does it: start JupyterLab in a browser, open a notebook, run all cells."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_a_notebook_runs_in_the_browser(browser, server, tmp_path):
     path = tmp_path / "course" / "notebooks" / NOTEBOOK
     before = nbformat.read(path, as_version=4)
     for cell in (cell for cell in before.cells if cell.cell_type == "code"):
-        cell.outputs, cell.execution_count = [], None  # what is there afterwards is new
+        cell.outputs, cell.execution_count = [], None  # any outputs afterward are new
     nbformat.write(before, path)
 
     page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -67,10 +67,41 @@ def test_a_notebook_runs_in_the_browser(browser, server, tmp_path):
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) >= 3
+    diagram = page.locator(".jp-MarkdownOutput img").first  # it lies outside of notebooks/
+    diagram.scroll_into_view_if_needed()
+    assert diagram.evaluate("picture => picture.naturalWidth") > 200
     pictures = page.locator(".jp-OutputArea img")
     pictures.last.scroll_into_view_if_needed()
     assert pictures.last.evaluate("picture => picture.naturalWidth") > 200
     page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_saved_answer_is_there_when_the_notebook_is_opened_again(browser, server, tmp_path):
+    path = tmp_path / "course" / "notebooks" / NOTEBOOK
+    source = path.with_suffix(".py").read_bytes()
+    answer = "# my own answer is 42"
+    for visit in ("first", "second"):
+        page = browser.new_context().new_page()  # without what the first visit left in the browser
+        page.set_default_timeout(60_000)
+        page.goto(f"{server}lab/tree/notebooks/{NOTEBOOK}")
+        cell = page.locator(".jp-CodeCell .cm-content").first
+        cell.wait_for()
+        page.wait_for_timeout(2000)  # a complaint about the file would appear now
+        assert page.locator(".jp-Dialog").count() == 0
+        if visit == "first":
+            cell.click()
+            page.keyboard.press("Control+End")
+            page.keyboard.type(f"\n{answer}")
+            page.keyboard.press("Control+s")
+            deadline = time.monotonic() + 60
+            while answer not in path.read_text(encoding="utf-8"):
+                assert time.monotonic() < deadline, "the answer was not saved"
+                page.wait_for_timeout(200)
+        assert answer in cell.inner_text()
+        page.context.close()
+    assert path.with_suffix(".py").read_bytes() == source
 
 
 def cells_once_run(path: Path) -> list:

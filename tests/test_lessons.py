@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, STAGES
 from torch import Tensor
 
-COMMANDS = ("prepare", "sample", "compare", "export")
+COMMANDS = ("prepare", "sample", "compare", "explore", "export")
 every_stage = pytest.mark.parametrize("stage", STAGES)
 
 

@@ -1,4 +1,4 @@
-"""The models compute what the lessons say: no look ahead, and the same as PyTorch's own modules."""
+"""The models compute what the lessons say: no looking ahead, same results as PyTorch's modules."""
 
 import importlib
 import math
@@ -98,7 +98,7 @@ def test_no_character_reaches_an_earlier_logit(stage, options):
         logits, _ = model(texts)
         change = (logits - logits[:1]).abs().amax(dim=(0, 2))  # one number for each position
         assert (change[:position] < 1e-9).all()
-        # So that the line above could fail: the change does reach all that may see it.
+        # The check above could fail: the change does reach all positions that may see it.
         last = position + 1 if stage is bigram else T
         assert (change[position:last] > 1e-6).all()
 

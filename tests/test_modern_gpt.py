@@ -191,7 +191,7 @@ def test_muon_takes_the_matrices_in_the_blocks_and_adamw_the_rest():
     assert everything == {id(p) for p in model.parameters()}
 
 
-def test_the_learning_rate_warms_up_holds_and_falls_to_zero():
+def test_the_learning_rate_warms_up_holds_and_decays_to_zero():
     config = replace(CONFIG, max_iters=100, warmup_iters=10, cooldown=0.5)
     factors = [modern_gpt.learning_rate_factor(step, config) for step in range(100)]
     assert factors[0] == 0.1

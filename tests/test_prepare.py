@@ -64,7 +64,7 @@ def test_the_files_hold_what_memory_would(texts, chunk_bytes):
         parts = [path.read_bytes().decode("utf-8-sig") for path in paths]
         whole = "".join(parts)
         if not all(parts) or len(set(whole)) == 1:
-            with pytest.raises(UserError, match="is empty|repeats one character"):
+            with pytest.raises(UserError, match="is empty|only repeats one character"):
                 prepare_in_chunks(chunk_bytes, paths, folder / "out")
             assert listing(folder) == paths
             return
@@ -197,7 +197,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(number, r
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the most memory a process had")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc shows the most memory a process had")
 def test_memory_does_not_grow_with_the_text(tmp_path):
     line = "A line — of a text, для памяти, 😀.\n".encode()
     for name, size in (("small", 1_000_000), ("large", 40_000_000)):

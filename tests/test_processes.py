@@ -27,7 +27,7 @@ from test_runs import assert_same_run, table, wait_for_rows
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="PyTorch for Windows lacks gloo")
 needs_proc = pytest.mark.skipif(
-    not Path("/proc/self/environ").exists(), reason="only /proc tells which process is which"
+    not Path("/proc/self/environ").exists(), reason="only /proc shows which process is which"
 )
 
 # Without dropout, which depends on the rank, and in the dtype that hides no small mistake.
@@ -165,7 +165,7 @@ def test_a_signal_stops_all_at_the_same_step(to, whole, torchrun):
     wait_for_rows(stopped / "losses.csv", 2, process)
     if to == "all":
         process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
-    else:  # what only one of them knows, it tells the other
+    else:  # what only one of them knows, it shares with the other
         os.kill(process_of_rank(1, stopped), signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert complaints(errors) == []
@@ -231,11 +231,11 @@ def test_an_unexpected_error_on_the_main_rank_ends_all(torchrun, tmp_path):
     assert output.count("all is well") == 2
     messages = re.findall(r"^(?:\[rank\d\]: )?KeyError: .*", errors, re.MULTILINE)
     assert len(messages) == 1, errors
-    assert complaints(errors) == []  # the other is silent
+    assert complaints(errors) == []  # the other prints nothing
 
 
 @processes
-def test_a_loss_that_explodes_is_told_once(torchrun, text, tmp_path):
+def test_a_loss_that_explodes_is_reported_once(torchrun, text, tmp_path):
     flags = [*EXACT, "--learning-rate", 1e38, "--data", text, "--out", tmp_path / "wild"]
     code, output, errors = finish(torchrun(*flags))
     assert code != 0

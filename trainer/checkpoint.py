@@ -18,7 +18,7 @@ Checkpoint = dict[str, Any]
 
 
 def to_bytes(header: dict[str, Any], parts: dict[str, Any]) -> memoryview:
-    """Serialize a checkpoint: a header that describes the run, each part's state, a SHA-256."""
+    """Serialize a checkpoint: a header describing the run, each part's state, and a SHA-256."""
     buffer = io.BytesIO()
     states = {name: part.state_dict() for name, part in parts.items()}
     torch.save({"format": FORMAT, **header, "parts": states}, buffer)
@@ -27,7 +27,7 @@ def to_bytes(header: dict[str, Any], parts: dict[str, Any]) -> memoryview:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint whose SHA-256 is right, as plain data; code inside it is never run."""
+    """Check a checkpoint's SHA-256, then read it as plain data; code inside it is never run."""
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -38,11 +38,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if checkpoint["format"] == FORMAT:
             return checkpoint
-    raise UserError(f"the checkpoint {path} is damaged, or from an older version: train it again")
+    raise UserError(f"the checkpoint {path} is damaged, or from an older version: train it anew")
 
 
 def saved_config(config_class: type, checkpoint: Checkpoint) -> Any:
-    """The run's config: fields that its script has lost are left out, new ones have defaults."""
+    """The run's config, without fields that the script has dropped; new ones get defaults."""
     saved = checkpoint["config"]
     known = {field.name: saved[field.name] for field in fields(config_class) if field.name in saved}
     try:
@@ -52,20 +52,20 @@ def saved_config(config_class: type, checkpoint: Checkpoint) -> Any:
 
 
 def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
-    """Load the saved state into each part; optimizers must have taken a step, to compare with."""
+    """Load the saved state into each part; each optimizer must already have taken a step."""
     try:
         for name, part in parts.items():
             state, expected = checkpoint["parts"][name], layout(part)
-            if state or name != "scaler":  # which is off without float16
+            if state or name != "scaler":  # the scaler is empty without float16
                 part.load_state_dict(state)
             if layout(part) not in ([], expected):  # it is empty before the first step
-                raise ValueError(f"{name} kept its state in other shapes")
-    except Exception as error:  # which one depends on what differs
+                raise ValueError(f"{name} has a state of other shapes")
+    except Exception as error:  # its type depends on what differs
         raise (error if is_out_of_memory(error) else misfit(checkpoint, error)) from None
 
 
 def layout(part: Any) -> list[tuple[str, Any]]:
-    """Names and shapes of what an optimizer keeps: with others, its next step would crash."""
+    """Names and shapes of an optimizer's state: if they do not match, its next step crashes."""
     states = part.state.values() if isinstance(part, torch.optim.Optimizer) else ()
     return [
         (name, x.shape if torch.is_tensor(x) else None)
@@ -75,7 +75,7 @@ def layout(part: Any) -> list[tuple[str, Any]]:
 
 
 def misfit(checkpoint: Checkpoint, error: Exception) -> UserError:
-    """What differs, as PyTorch says it: for example the name and the shapes of a parameter."""
+    """What differs, in PyTorch's words: for example the name and the shapes of a parameter."""
     what = " ".join(re.sub("^Error.*:\n", "", str(error)).split())[:200]
     script = f"{checkpoint['stage']}.py"
     return UserError(f"this run does not fit {script}, which may have changed since: {what}")
@@ -83,12 +83,12 @@ def misfit(checkpoint: Checkpoint, error: Exception) -> UserError:
 
 @torch.no_grad()
 def adopt_weights(model: LanguageModel, config: Any, saved: Checkpoint, vocabulary: str) -> None:
-    """Copy another run's weights; characters that it lacks keep their initial ones."""
+    """Copy another run's weights; characters that it lacks keep their initial weights."""
     before = type(model)(saved_config(type(config), saved)).eval()
     restore(saved, {"model": before})
     after, known = type(model)(config).eval(), len(saved["vocabulary"])
     rows = torch.tensor([vocabulary.index(character) for character in saved["vocabulary"]])
-    refusal = UserError("the saved weights do not fit a model with these flags: leave them out")
+    refusal = UserError("the saved weights do not fit a model with these flags: drop the flags")
     weights = after.state_dict()
     if weights.keys() != before.state_dict().keys():
         raise refusal

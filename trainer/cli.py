@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# PyTorch says these differently on every device and network.
+# PyTorch words these errors differently on every device and network.
 OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory|invalid buffer|storage size calc"
 LOST_PROCESS = "closed by peer|reset by peer|broken pipe|remote process|remote error"
 
@@ -32,7 +32,7 @@ def cli(main: Callable[[], None]) -> None:
         if is_out_of_memory(error):
             message = "out of memory: lower --batch-size or --n-embd, or raise --grad-accumulation"
         elif re.match(r"torch\._(dynamo|inductor)", type(error).__module__):
-            message = f"torch.compile fails; try --no-compile: {str(error)[:200]}"
+            message = f"torch.compile failed; try --no-compile: {str(error)[:200]}"
         elif "WORLD_SIZE" in os.environ and re.search(LOST_PROCESS, str(error), re.I):
             message = "another process has ended; --resume continues from the last checkpoint"
         else:
@@ -43,7 +43,7 @@ def cli(main: Callable[[], None]) -> None:
         if error.filename or error.errno not in (errno.EPIPE, errno.EINVAL, errno.ENOSPC):
             raise
         discard_output()
-        if error.errno != errno.ENOSPC:  # nobody reads it anymore, as after `| head`
+        if error.errno != errno.ENOSPC:  # nobody reads the output anymore, as after `| head`
             sys.exit(0)
         message = f"cannot write the output: {error.strerror}"
     if message:
@@ -53,7 +53,7 @@ def cli(main: Callable[[], None]) -> None:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print, but continue if that fails: a run's results are in its files."""
+    """Print, but continue if printing fails: a run's results are in its files."""
     try:
         print(text, end=end, flush=True)
     except OSError:  # such as a pipe whose reader has ended

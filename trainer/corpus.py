@@ -35,7 +35,7 @@ class Corpus:
     vocabulary: str
     train: Tensor
     validation: Tensor
-    table: Tensor | None = None  # from the text's own ids to the model's, where they differ
+    table: Tensor | None = None  # maps the text's ids to the model's, if they differ
 
     def ids(self, tokens: Tensor) -> Tensor:
         return tokens.long() if self.table is None else self.table[tokens.long()]
@@ -47,7 +47,7 @@ class Corpus:
 def open_corpus(path: Path | None, verify: bool = False) -> Corpus:
     """Open the text of --data; None means Tiny Shakespeare or, offline, Pocket Play."""
     if path and os.path.isdir(path):
-        from prepare import open_prepared  # here, because a plain text needs none of it
+        from prepare import open_prepared  # imported here because a plain text does not need it
 
         return open_prepared(path, verify)
     path = path or default_corpus()
@@ -86,7 +86,7 @@ def default_corpus() -> Path:
         write_whole(fallback, pocket_play.play().encode("utf-8"))
     if os.environ.get("RANK", "0") == "0":
         instead = "using the built-in Pocket Play instead; losses are not comparable"
-        with contextlib.suppress(OSError):  # nobody reads it
+        with contextlib.suppress(OSError):  # nobody reads stderr
             print(f"no Tiny Shakespeare ({reason}): {instead}", file=sys.stderr)
             print(f"to get it, save {TINY_SHAKESPEARE_URL} as {path}", file=sys.stderr)
     return fallback

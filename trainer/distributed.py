@@ -20,7 +20,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.is_main = self.rank == 0  # this one prints and writes
+        self.is_main = self.rank == 0  # the main process prints and writes
         if self.size > 1 and not dist.is_initialized():
             # Imported later, this would keep threads alive after the process group ends.
             import torch.distributed.nn.functional  # noqa: F401

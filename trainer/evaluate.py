@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-TOKENS_AT_ONCE = 8192  # in a forward pass
+TOKENS_AT_ONCE = 8192  # tokens per forward pass
 
 
 @torch.inference_mode()
@@ -33,7 +33,7 @@ def exact_loss(
 
 
 def windows(tokens: Tensor, T: int) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets that cover a text: batches of windows of T, and what is left over."""
+    """Inputs and targets that cover a text: batches of windows of length T, then the remainder."""
     whole, rows = (len(tokens) - 1) // T * T, max(1, TOKENS_AT_ONCE // T)
     halves = tokens[:-1], tokens[1:]
     batches = list(zip(*(half[:whole].view(-1, T).split(rows) for half in halves), strict=True))

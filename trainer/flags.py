@@ -17,7 +17,7 @@ from trainer.cli import UserError
 
 
 class Limits(NamedTuple):
-    """The numbers that a field accepts."""
+    """The range of numbers that a field accepts."""
 
     accept: Callable[[float], bool]
     words: str
@@ -34,14 +34,14 @@ PositiveFraction = Annotated[float, Limits(lambda x: 0 < x <= 1, "> 0 and <= 1")
 NonNegative = Annotated[float, Limits(lambda x: 0 <= x < math.inf, ">= 0")]
 NonNegativeInt = Annotated[int, Limits(lambda x: 0 <= x < 2**31, ">= 0")]
 Seed = Annotated[int, Limits(lambda x: 0 <= x < 2**63, ">= 0")]
-ORDINARY = {  # the limits of fields that declare none
+ORDINARY = {  # limits for fields that declare none
     int: Limits(lambda x: 1 <= x < 2**31, ">= 1"),
     float: Limits(lambda x: 0 < x < math.inf, "> 0"),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is answered with a single line."""
+    """An argparse parser that reports a wrong flag in a single line."""
 
     def __init__(self, description: str) -> None:
         how = argparse.RawDescriptionHelpFormatter
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         """Accept --learning_rate for --learning-rate."""
         words = sys.argv[1:] if args is None else args
         if empty := [word for word in words if re.fullmatch("--[\\w-]+=--", word)]:
-            self.error(f"{empty[0]}: a value is missing")  # argparse would take it for none
+            self.error(f"{empty[0]}: a value is missing")  # argparse would read it as no value
         words = [
             re.sub(r"^--[\w-]+(?=$|=)", lambda name: name[0].replace("_", "-"), w) for w in words
         ]
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def options_for(hint: Any, is_off: bool = False) -> dict[str, Any]:
-    """What argparse needs to know about a field of that type."""
+    """argparse options for a field of this type."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):  # such as `int | None`
         hint = typing.get_args(hint)[0]
     if hint is bool:

@@ -22,7 +22,7 @@ RUN_FILES = ("checkpoint.pt", "best.pt", "losses.csv", "config.json", "sample.tx
 
 
 class RunFolder(contextlib.AbstractContextManager):
-    """Where a run's files go; a context that unlocks the folder if the run fails."""
+    """Where a run's files go; as a context manager, it unlocks the folder if the run fails."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -33,9 +33,9 @@ class RunFolder(contextlib.AbstractContextManager):
             self.unlock()
 
     def claim(self, name: str, path: Path | None, resume: bool, overwrite: bool) -> None:
-        """Lock the folder until the run ends; refuse one that has a run or cannot be written.
+        """Lock the folder until the run ends; refuse it if it has a run or cannot be written.
 
-        Without a path, it is the first free runs/NAME-N, or with `resume` the newest run.
+        Without a path, use the first free runs/NAME-N, or with `resume` the newest run.
         """
         if overwrite and not path:
             path = Path("runs", name)
@@ -49,7 +49,7 @@ class RunFolder(contextlib.AbstractContextManager):
             raise UserError(f"{self.path} has a run: add --resume or --overwrite, or change --out")
 
     def lock(self) -> bool:
-        """Keep other processes out, with a file beside the folder; False if one is in already."""
+        """Keep other processes out with a lock file; False if another process holds the lock."""
         path = Path(os.path.realpath(self.path))
         try:
             new = [folder for folder in path.parents if not folder.exists()]
@@ -66,7 +66,7 @@ class RunFolder(contextlib.AbstractContextManager):
         return True
 
     def save(self, about: dict[str, Any], parts: dict[str, Any], history: History) -> None:
-        """Write the complete state; a new folder appears with all of it in it, or not at all."""
+        """Write the complete state; a new folder appears with all its files, or not at all."""
         folder, best = self.path, history.best
         if is_new := not folder.is_dir():
             folder = folder.with_name(f".{folder.name}.new")
@@ -99,7 +99,7 @@ def free(name: str) -> Iterator[Path]:
 
 
 def newest(name: str) -> list[Path]:
-    """The run of a stage that was written last."""
+    """The most recently saved run of a stage."""
     paths = [*Path("runs").glob(f"{name}/checkpoint.pt")]
     paths += Path("runs").glob(f"{name}-[0-9]*/checkpoint.pt")
     if not paths:
@@ -108,13 +108,13 @@ def newest(name: str) -> list[Path]:
 
 
 def lock_file(path: Path) -> Path:
-    """Beside the folder; in it, if it lies in one that is read-only, such as a mounted disk."""
+    """Next to the folder, or inside it if its parent is read-only, such as a mounted disk."""
     inside = path.is_dir() and not os.access(path.parent, os.W_OK)
     return path / ".lock" if inside else path.with_name(f".{path.name}.lock")
 
 
 def unlock(lock: FileLock, folders: list[Path]) -> None:
-    """Release the lock; remove its file, and the folders that were made for it and hold nothing."""
+    """Release the lock; remove its file, and any empty folders that were made for it."""
     if lock.is_locked:
         with contextlib.suppress(OSError):  # on Windows, releasing it removes it
             os.unlink(lock.lock_file)
@@ -141,7 +141,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 
 def rename(source: Path, target: Path, tries: int = 20) -> None:
-    """Rename onto a file that may exist; on Windows, wait a moment for whoever is reading it."""
+    """Rename onto a file that may exist; on Windows, wait a moment if a process is reading it."""
     while True:
         try:
             return source.replace(target)

@@ -20,8 +20,8 @@ class History:
     def __init__(self) -> None:
         self.step = 0
         self.rows: list[dict[str, float]] = []
-        self.loss_sum, self.loss_count = 0.0, 0.0  # of the batches since the last row
-        self.started, self.seconds = time.perf_counter(), 0.0  # seconds of earlier sessions
+        self.loss_sum, self.loss_count = 0.0, 0.0  # over the batches since the last row
+        self.started, self.seconds = time.perf_counter(), 0.0  # seconds, in earlier sessions
         self.last_loss = math.nan
         self.pending: list[tuple[int, float, Tensor]] = []  # step, fraction of its batch, loss
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-QUERIES_AT_ONCE = 128  # in attention on a CPU
-EPS = 1e-6  # in rms_norm, so that zeros stay zeros
+QUERIES_AT_ONCE = 128  # chunk size of attention on a CPU
+EPS = 1e-6  # keeps rms_norm from dividing by zero
 
 
 class Dropout(nn.Dropout):
@@ -34,9 +34,9 @@ def attention(
     """
     (B, H, T, D), S = query.shape, key.shape[2]
     window = window or S
-    if query.device.type != "cpu":  # PyTorch's own is faster there: it never stores the weights
+    if query.device.type != "cpu":  # PyTorch's kernel is faster: it never stores the weights
         is_causal = T == S <= window  # the standard mask, which PyTorch has built in
-        visible = is_causal or (T == 1 and window >= S)  # one query may see all that is cached
+        visible = is_causal or (T == 1 and window >= S)  # a single query may see all cached keys
         mask = None if visible else causal_mask(T, S, window, query.dtype, query.device)
         p = dropout.p if dropout.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
@@ -69,7 +69,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class RMSNormOnCPU(torch.autograd.Function):
-    """Fewer passes over memory than PyTorch's, whose backward pass goes through each operation."""
+    """Makes fewer passes over memory than PyTorch, which runs each operation's own backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

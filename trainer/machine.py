@@ -1,4 +1,4 @@
-"""Hardware settings: set by what the machine is, not by timing, so runs are reproducible."""
+"""Hardware settings: they depend on the machine, not on timing, so runs are reproducible."""
 
 import math
 import zlib
@@ -46,7 +46,7 @@ class Machine:
         if settings.compile is None and device.type == "cuda" and find_spec("triton"):
             self.compiled = torch.cuda.get_device_capability(device) >= (7, 0)
         self.grad_accumulation = settings.grad_accumulation
-        # In float16 small gradients would vanish: the loss is scaled up, then the gradients down.
+        # In float16, small gradients would underflow: scale the loss up, then the gradients down.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def autocast(self) -> AbstractContextManager:
@@ -76,7 +76,7 @@ class Machine:
         return psutil.virtual_memory().total
 
     def seed(self, value: int) -> None:
-        """Seed what dropout draws from on this device."""
+        """Seed the generator that dropout uses on this device."""
         where = {"cpu": torch.default_generator, "cuda": torch.cuda, "mps": torch.mps}
         where[self.device.type].manual_seed(value)
 
@@ -101,7 +101,7 @@ def available_device(name: str, world: World | None = None) -> torch.device:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which this device multiplies fastest and still trains well."""
+    """The dtype that this device multiplies fastest and that still trains well."""
     if device.type == "cuda":
         modern = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if modern else torch.float16

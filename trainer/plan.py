@@ -42,7 +42,7 @@ class Settings(RunSettings, MachineSettings, SampleSettings):
 class Plan:
     """All that is known about a run before its first step."""
 
-    name: str  # of the stage
+    name: str  # the stage's name
     settings: Settings
     config: Any
     seed: int
@@ -50,11 +50,11 @@ class Plan:
     corpus: Corpus
     tokenizer: Tokenizer
     init_from: str  # the run whose weights it started from, if any
-    changed_on_resume: list[str]  # flags that differ from those of its start
-    preset: str  # if its config is one
+    changed_on_resume: list[str]  # flags that differ from those that the run started with
+    preset: str  # the name of its preset, or empty
 
     def header(self) -> dict[str, Any]:
-        """What the run's files say about it."""
+        """The description of the run in its files."""
         own = {each: getattr(self, each) for each in ("seed", "init_from", "changed_on_resume")}
         own |= {"stage": self.name, "vocabulary": self.tokenizer.vocabulary}
         machine = {each: getattr(self.settings, each) for each in ("compile", "grad_accumulation")}
@@ -95,7 +95,7 @@ def make_plan(
     changed = changes(saved, {"seed": seed} | asdict(config)) if settings.resume else []
     dtype, settings.compile = ("auto", settings.compile) if presets else ("float32", False)
     if settings.resume and saved["device"] == device.type:
-        dtype = saved["dtype"]  # or the losses would not continue as they were
+        dtype = saved["dtype"]  # another dtype would change the losses
     machine = Machine(settings, device, dtype)
     refuse_sizes(config, corpus, world, machine.memory())
     own = (machine, corpus, tokenizer, start["init_from"], changed, preset)
@@ -105,7 +105,7 @@ def make_plan(
 def script_name(script: Path) -> str:
     """The name of the stage; sample.py must be able to find its script again."""
     if script.suffix and (script.parent.resolve() != ROOT or "." in script.stem):
-        raise UserError(f"sample.py will not find {script}: put it in {ROOT}, without another dot")
+        raise UserError(f"sample.py will not find {script}: put it in {ROOT}, with only one dot")
     return script.stem
 
 
@@ -131,7 +131,7 @@ def refuse_combinations(settings: Settings, presets: dict, preset: str, world: W
     if world.size > 1 and not presets:
         raise UserError("this script trains in one process: start it without torchrun")
     if settings.resume and starts:
-        raise UserError(f"--resume continues a run and {starts[0]} starts one: leave one out")
+        raise UserError(f"--resume continues a run, but {starts[0]} starts one: leave one out")
     if settings.init_from and preset:
         raise UserError("--preset is for a new model: --init-from keeps the sizes of the saved one")
     if settings.extend_vocabulary and not settings.init_from:
@@ -150,12 +150,12 @@ def claim(folder: RunFolder, name: str, settings: Settings) -> Checkpoint | None
         source = settings.init_from / "best.pt"
     saved = read_checkpoint(source)
     if saved["stage"] != name:
-        raise UserError(f"that run was made by {saved['stage']}.py, and this is {name}.py")
+        raise UserError(f"that run was made by {saved['stage']}.py, but this is {name}.py")
     return saved
 
 
 def changes(saved: Checkpoint, now: dict[str, Any]) -> list[str]:
-    """The flags that differ from the run so far; only how long it takes may change."""
+    """The flags that differ from the run so far; only its length and evaluations may change."""
     before, step = saved["config"] | {"seed": saved["seed"]}, saved["parts"]["history"]["step"]
     differ = [name for name in now if now[name] != before.get(name, now[name])]
     for name in differ:
@@ -163,7 +163,7 @@ def changes(saved: Checkpoint, now: dict[str, Any]) -> list[str]:
             was = f"{flag(name)} {before[name]}, not {now[name]}"
             raise UserError(f"the run was made with {was}: resume it without that flag")
     if now["max_iters"] < step:
-        raise UserError(f"the run is at step {step} already: --max-iters must be at least that")
+        raise UserError(f"the run is already at step {step}: --max-iters must be at least that")
     return sorted({*saved["changed_on_resume"], *map(flag, differ)})
 
 
@@ -173,9 +173,9 @@ def open_text(
     """The corpus, and a tokenizer with the characters of the text and of the saved weights."""
     path, before = settings.data, saved["corpus"] if saved and settings.resume else None
     if before and path is None and before["sha256"] != TINY_SHAKESPEARE_SHA256:
-        path = Path(before["path"])  # Tiny Shakespeare is found wherever it is now
+        path = Path(before["path"])  # Tiny Shakespeare may have moved
     if world.size > 1:
-        world.on_main(lambda: open_corpus(path).name)  # a download is for one process
+        world.on_main(lambda: open_corpus(path).name)  # let one process download it
     corpus = open_corpus(path, verify=before is not None)
     if before and corpus.sha256 != before["sha256"]:
         raise UserError(f"{corpus.path} is not this run's text: restore {before['path']}")
@@ -202,10 +202,10 @@ def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None
         fits = f"--block-size {shorter - 1}" if shorter > 1 else "a longer text"
         raise UserError(f"{corpus.path} is too short: {needs}, and one has {shorter}; try {fits}")
     layers, width = vars(config).get("n_layer", 0), vars(config).get("n_embd", 0)
-    # At least: weights, gradients and their running mean in float32, 8 C² of each per block; what
-    # PyTorch needs for a block's modules and tensors; and a batch of token ids.
+    # A lower bound: weights, gradients and their running mean in float32, 8 C² of each per block;
+    # PyTorch's overhead for a block's modules and tensors; and a batch of token ids.
     needed = 12 * (1 + 8 * layers) * width**2 + 150_000 * layers
     needed += 16 * config.batch_size * config.block_size
     if needed > memory:
-        sizes = f"at least {needed / 1e9:,.0f} GB of memory, and there are {memory / 1e9:,.0f} GB"
+        sizes = f"at least {needed / 1e9:,.0f} GB of memory, but there are {memory / 1e9:,.0f} GB"
         raise UserError(f"training this needs {sizes}: reduce --n-layer, --n-embd or --batch-size")

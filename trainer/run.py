@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-RULE = "-" * 72  # above and below the sample
+RULE = "-" * 72  # printed above and below the sample
 SECONDS_BETWEEN_SAVES = 300
 EARLY_EVALUATIONS = (10, 30, 100, 300)  # steps; the loss drops fastest at the start
 STEPS_BETWEEN_LOSSES = 20  # reading a loss waits for the GPU
@@ -64,7 +64,7 @@ class Run:
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
         self.model, self.optimizers, self.bar = None, (), tqdm(disable=True)
         self.saved_step, self.save_due = 0, 0.0
-        self.about: dict[str, Any] = {}  # what its files say about the run
+        self.about: dict[str, Any] = {}  # the description of the run in its files
         self.first_step, self.computing = 0, 0.0  # training seconds since first_step
         self.fraction = 1.0  # the current micro-batch's fraction of its batch
         self.all_threads, self.micro_batch_count = torch.get_num_threads(), 1
@@ -82,7 +82,7 @@ class Run:
         self.parts |= {"model": model, **{f"optimizer {i}": o for i, o in enumerate(optimizers)}}
         total, quiet = self.config.max_iters, None if self.world.is_main else True
         step_threads = self.machine.threads(model, self.config)
-        self.bar = tqdm(total=total, disable=quiet, unit="step")  # None: shown on a terminal only
+        self.bar = tqdm(total=total, disable=quiet, unit="step")  # None: show it on a terminal only
         with self.folder, interrupts() as received, self.bar:
             self.start()
             while self.step < total:
@@ -177,7 +177,7 @@ class Run:
             adopt_weights(self.model, self.config, self.saved, plan.tokenizer.vocabulary)
             self.say(f"starts from the weights of {plan.init_from}")
         weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
-        self.model.load_state_dict(self.world.broadcast(weights))  # if machines round differently
+        self.model.load_state_dict(self.world.broadcast(weights))  # machines may round differently
         if self.machine.compiled:
             self.model.compile()
         self.try_step()
@@ -193,7 +193,7 @@ class Run:
         self.say(f"run folder {self.folder.path}\n{self.history.last_line()}")
 
     def try_step(self) -> None:
-        """Run one step now, so that too little memory shows at once; then undo or resume."""
+        """Run one step now, so that a lack of memory shows at once; then undo it, or resume."""
         saved = self.saved
         if not self.plan.settings.resume:
             states = {name: part.state_dict() for name, part in self.parts.items()}
@@ -225,7 +225,7 @@ class Run:
         """Add a row to losses.csv."""
         corpus, history = self.plan.corpus, self.history
         parts = [corpus.validation]
-        if not history.loss_count:  # no batch so far: as much text as there is for validation
+        if not history.loss_count:  # no batch yet: use as much text as in validation
             parts.append(corpus.train[: len(corpus.validation)])
         with self.autocast(), self.machine.eager():
             val_loss, *rest = (exact_loss(self.model, p, corpus.ids, self.world) for p in parts)
@@ -256,7 +256,7 @@ class Run:
 
 
 def resume_command(run: Run) -> str:
-    """What to type in this folder, with this Python."""
+    """The command to type in this folder, with this Python."""
     python = sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
     command = [python, sys.argv[0], "--resume", "--out", str(run.folder.path)]
     if run.world.size > 1:
@@ -273,14 +273,14 @@ def quoted(command: list[str]) -> str:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C instead of ending; a second one ends the program as usual."""
+    """Collect the first Ctrl-C instead of exiting; a second one ends the program as usual."""
     received: list[int] = []
 
     def receive(number: int, _: object) -> None:
         received.append(number)
         if os.environ.get("RANK", "0") == "0":  # os.write: print is unsafe in a signal handler
             with suppress(OSError):
-                os.write(2, b"\nstopping after this step; once more stops at once\n")
+                os.write(2, b"\nstopping after this step; press again to stop at once\n")
         signal.signal(number, before[number])
 
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}

@@ -16,7 +16,7 @@ from torch import nn
 class SampleSettings:
     prompt: str = ""  # text to continue
     sample_length: int = 500  # number of characters to add
-    temperature: NonNegative = 1.0  # 0 takes the most likely character, above 1 is more random
+    temperature: NonNegative = 1.0  # 0 always picks the most likely character; > 1 is more random
     top_k: int | None = None  # sample from the N most likely characters only
 
     def start_of_text(self, tokenizer: Tokenizer) -> str:
@@ -35,7 +35,7 @@ def continuation(
     ids = tokenizer.encode(text)[-model.block_size :]
     sampled = model.generate(ids, how.temperature, how.top_k, generator)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one position at a time is too little work for more
+    torch.set_num_threads(1)  # one position at a time is too little work for more threads
     try:
         for i in itertools.islice(sampled, how.sample_length):
             yield tokenizer.decode([i])

@@ -1,9 +1,53 @@
-# Typical wrong answers to the exercises, by number: each must be caught.
+# ruff: noqa: F811
+# Typical wrong answers to the exercises, by number: each must be caught. Those marked "right" must
+# pass.
 # %% 1
 def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
     output = attention.heads[h](x)
     D = output.shape[-1]
     return output @ attention.out_proj.weight[h * D : (h + 1) * D]
+
+
+# %% 1
+def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
+    return (attention(x) - attention.out_proj.bias) / H  # adds up, but no head contributes this
+
+
+# %% 1
+def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
+    k = H - 1 - h  # of another head
+    return attention.heads[k](x) @ attention.out_proj.weight[:, k * D : (k + 1) * D].T
+
+
+# %% 1
+def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
+    weight = attention.out_proj.weight[:, h * D : (h + 1) * D]
+    return F.linear(attention.heads[h](x), weight, attention.out_proj.bias)
+
+
+# %% 1
+def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
+    return attention.heads[h](x) @ attention.out_proj.weight[:, h::H].T
+
+
+# %% 1
+def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
+    return attention.heads[h](x)
+
+
+# %% 1 right
+def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
+    alone = torch.zeros_like(x)  # all heads concatenated, the others as zeros
+    alone[..., h * D : (h + 1) * D] = attention.heads[h](x)
+    return attention.out_proj(alone) - attention.out_proj.bias
+
+
+# %% 1 right
+@torch.no_grad()
+def take_head(attention: HeadList, x: Tensor, h: int) -> Tensor:
+    without = deepcopy(attention)
+    without.out_proj.weight[:, h * D : (h + 1) * D] = 0
+    return attention(x) - without(x)
 
 
 # %% 2
