@@ -34,6 +34,8 @@ def idea(command: str) -> str:
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     title = ast.get_docstring(ast.parse(source)).splitlines()[0]
     words = title.split(": ", 1)[-1].rstrip(".")
+    if flags == ["--preset", "middle"]:
+        return "the same, with 192 channels instead of 128"
     return f"the same with `{' '.join(flags)}`" if flags and "--preset" not in flags else words
 
 

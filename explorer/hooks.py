@@ -28,8 +28,7 @@ def record(model: LanguageModel, idx: Tensor) -> dict[str, Tensor]:
     Attention has two more: "NAME.weights", of shape (B, H, T, T), and with an output projection
     "NAME.heads", of shape (B, T, H*D): the head outputs, concatenated.
     """
-    found: dict[str, Any] = {}
-    softmax = SoftmaxOutputs()
+    found, softmax = {}, SoftmaxOutputs()
     with ExitStack() as stack:
         for name, module in model.named_modules():
 
@@ -67,8 +66,8 @@ def replace(model: LanguageModel, outputs: dict[str, Tensor]) -> Iterator[None]:
     """Activation patching: modules return these outputs instead of their own."""
     with ExitStack() as stack:
         for name, output in outputs.items():
-            hook = model.get_submodule(name).register_forward_hook(lambda *_, y=output: y)
-            stack.enter_context(hook)
+            module = model.get_submodule(name)
+            stack.enter_context(module.register_forward_hook(lambda *_, y=output: y))
         yield
 
 
@@ -87,8 +86,7 @@ def changes(model: LanguageModel, part: str) -> Iterator[Change]:
         yield modules[name], lambda _, x, y: torch.zeros_like(y)
     else:
         attention, projection = modules[name], modules[name].out_proj
-        n_head = len(attention.heads) if hasattr(attention, "heads") else attention.n_head
-        D = projection.in_features // n_head
+        D = projection.in_features // (getattr(attention, "n_head", 0) or len(attention.heads))
         own = slice(int(head) * D, (int(head) + 1) * D)
         yield projection, lambda _, x, y: y - x[0][..., own] @ projection.weight[:, own].t()
 

@@ -210,7 +210,7 @@ function switchPart(run, part, isOn) {
 function chooseRun(run) {
   stop();
   const { ids, unknown } = encode(run, state.text);
-  Object.assign(state, { run, layer: 0, head: 0, cell: null, trace: null, text: decode(run, ids) });
+  Object.assign(state, { run, layer: 0, head: 0, cell: null, trace: null, position: Infinity, text: decode(run, ids) });
   find("#input").value = state.text;
   refuse(unknown);
   drawRun();

@@ -337,9 +337,9 @@ for n_head in (1, 4, 16):
     print(f"H = {n_head:2}: the list takes {slow / fast:.1f} times as long as one tensor")
 
 # %% [markdown]
-# Up to rounding, both layers compute the same function. Only the time differs, here of a forward
-# and a backward pass through attention alone. The ratio grows with the number of heads. All later
-# stages use the batched class.
+# Up to rounding, both layers compute the same function. Only the time differs: above, that of a
+# forward and a backward pass through attention alone. The ratio grows with the number of heads. All
+# later stages use the batched class.
 #
 # ## Training
 #

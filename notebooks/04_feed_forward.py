@@ -726,8 +726,8 @@ def exercise_5() -> None:
 #
 # <details><summary>Answer</summary>
 #
-# The softmax only decides the weights of the average. Weights that depend on the content can do
-# some of this, but the values stay linear.
+# The softmax only decides the weights of the average. Weights that depend on the content are
+# non-linear to some degree, but the values stay linear.
 #
 # </details>
 #

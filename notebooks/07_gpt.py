@@ -726,8 +726,9 @@ plt.show()
 # `nn.Linear`|`nn.Linear`|`Conv1D`|weight transposed
 # `KVCache`|none|`past_key_values`|
 #
-# nanoGPT's `train.py` leaves out all biases, those of LayerNorm too. **Weight tying**: GPT-2 uses
-# one matrix as `wte` and as `lm_head`.
+# nanoGPT's `train.py` leaves out all biases, those of LayerNorm too.
+#
+# **Weight tying**: GPT-2 uses one matrix as `wte` and as `lm_head`.
 #
 # ### Exercise 3: eight bugs
 #

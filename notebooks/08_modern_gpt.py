@@ -70,7 +70,7 @@ print(len(IDEAS), "ideas:", ", ".join(IDEAS))
 # $$\text{RMSNorm}(x) = \frac{x}{\sqrt{\frac{1}{C}\sum_c x_c^2}}$$
 #
 # LayerNorm also subtracts the mean and has a learned scale and bias. The published RMSNorm keeps
-# the scale. Before a linear layer it is redundant, because that layer can absorb it.
+# the scale; here it is left out, because a linear layer that follows can absorb it.
 
 # %%
 # rms_norm also adds 1e-6 under the root, so that it never divides by zero.

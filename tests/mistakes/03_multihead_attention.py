@@ -1,4 +1,3 @@
-# ruff: noqa: F811
 # Typical wrong answers to the exercises, by number: each must be caught. Those marked "right" must
 # pass.
 # %% 1
