@@ -341,8 +341,16 @@ def use_layers(watch: ShapeWatch) -> None:
     watch.script["attention"](key[:, :, CACHED:], key, key, torch.nn.Dropout(0.5))
 
 
+def use_steps(watch: ShapeWatch) -> None:
+    C, D = SIZES["C"], SIZES["D"]
+    weights = {name: torch.randn(C, C) for name in ("query", "key", "value", "out")}
+    step = {name: name for name in weights} | {"heads": SIZES["H"], "out_bias": None}
+    step |= {"norm_eps": 1e-6, "frequencies": [0.1] * (D // 2)}
+    watch.script["attend"](step, torch.randn(SIZES["B"], SIZES["T"], C), weights)
+
+
 USES = {f"{stage}.py": use_stage for stage in STAGES}
-USES |= {"common.py": use_common, "trainer/layers.py": use_layers}
+USES |= {"common.py": use_common, "trainer/layers.py": use_layers, "explorer/steps.py": use_steps}
 
 
 @pytest.mark.parametrize("name", USES)
