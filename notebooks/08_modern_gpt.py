@@ -949,4 +949,4 @@ def exercise_4() -> None:
 # You have now built every part of this model. Take an idea from a paper, add a switch to `Config`,
 # and measure it.
 #
-# **Next →** [README](../README.md)
+# **Next →** [09_look_inside](09_look_inside.ipynb)

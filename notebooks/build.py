@@ -1,4 +1,4 @@
-"""Run notebooks and write their .ipynb files; for those who change the course.
+"""Run notebooks and write their .ipynb files, after a change to the course.
 
     python notebooks/build.py                       all of them
     python notebooks/build.py 02_self_attention     only this one
