@@ -15,12 +15,17 @@ class Tokenizer:
     def __init__(self, text: str) -> None:
         self.vocabulary = "".join(sorted(set(text)))
         self.ids = {character: i for i, character in enumerate(self.vocabulary)}
+        self.source = self.vocabulary  # what is saved of it
 
     def encode(self, text: str) -> list[int]:
         return [self.ids[character] for character in text]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.vocabulary[i] for i in ids)
+        return "".join(self.stream(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Decode ids as they come, such as those that a model samples."""
+        return (self.vocabulary[i] for i in ids)
 
 
 def split(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer import UserError, cli
-from common import Tokenizer
 from comparison.drawing import curves, staircase, standalone
 from comparison.ensemble import ensemble_loss
 from comparison.report import first_line, report
@@ -154,16 +153,18 @@ def main() -> None:
     corpus = open_corpus(options.data or text_of(runs))
     settings = SampleSettings(**given(options, SampleSettings))
     settings = replace(settings, prompt=settings.prompt or first_line(corpus))
-    settings.prompt = settings.start_of_text(Tokenizer(corpus.vocabulary))
+    settings.prompt = settings.start_of_text(corpus.tokenizer)
     if runs:
         rows, warning, failed = rows_of(runs), "", []
-        if corpus.sha256 != runs[0].about["corpus"]["sha256"]:
+        if corpus.text != runs[0].text:
             raise UserError(f"{corpus.path} is not the text of these runs: pass theirs as --data")
         link(rows, over_first=True)
     else:
         rows, warning, failed = trained_rows(options, corpus)
     for row in rows:
-        row.ensemble_loss = ensemble_loss(row.finished, corpus)
+        has_text = row.runs[0].about["corpus"]["sha256"] == corpus.sha256
+        own = corpus if has_text else open_corpus(text_of(row.runs))
+        row.ensemble_loss = ensemble_loss(row.finished, own)
     if rows:
         out = options.out or default_folder(corpus, options)
         show(rows, warning, corpus, settings, out)
@@ -179,7 +180,7 @@ def named_runs(options: argparse.Namespace) -> list[TrainedRun]:
         if getattr(options, name):
             raise UserError(f"{flag(name)} is for scripts, not for folders of runs: leave it out")
     runs = [read_run(Path(folder)) for folder in options.what]
-    texts = {run.about["corpus"]["sha256"]: run for run in runs}
+    texts = {run.text: run for run in runs}
     if len(texts) > 1:
         each = [f"{run.folder} on {run.about['corpus']['name']}" for run in texts.values()]
         raise UserError(f"these runs were trained on different texts: {', '.join(each)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import UserError, cli
+from bpe import BYTES, PATTERN, BytePairTokenizer
 from common import LanguageModel, Tokenizer
 from explorer.steps import describe
 from sample import rebuild
@@ -50,6 +51,7 @@ def pack_model(
         "name": name,
         "stage": checkpoint["stage"],
         "vocabulary": list(tokenizer.vocabulary),
+        **byte_pairs(tokenizer),
         "corpus": checkpoint["corpus"]["name"],
         "passage": passage(checkpoint["corpus"]["path"], tokenizer, model.block_size),
         "valLoss": checkpoint["val_loss"],
@@ -64,14 +66,23 @@ def pack_model(
     return about, base64.b64encode(numbers).decode("ascii")
 
 
+def byte_pairs(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the page needs to encode a text with the tokens of bpe.py."""
+    if not isinstance(tokenizer, BytePairTokenizer):
+        return {}
+    return {"merges": tokenizer.source, "pattern": PATTERN, "bytes": BYTES}
+
+
 def passage(path: str, tokenizer: Tokenizer, block_size: int) -> str:
     """The beginning of the validation split, or if the text is gone, of the vocabulary."""
     try:
         corpus = open_corpus(Path(path))
-        text = Tokenizer(corpus.vocabulary).decode(corpus.validation[:PASSAGE].tolist())
+        text = corpus.tokenizer.decode(corpus.validation[:PASSAGE].tolist())
     except UserError:
         text = tokenizer.vocabulary
-    return "".join(each for each in text if each in tokenizer.ids)[: max(2, block_size)]
+    if not isinstance(tokenizer, BytePairTokenizer):
+        text = "".join(each for each in text if each in tokenizer.ids)
+    return "".join(text)[: max(2, block_size)]
 
 
 def page(packed: list[Packed]) -> bytes:

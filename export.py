@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import UserError, cli
+from bpe import BYTES, PATTERN, PRINTABLE, BytePairTokenizer
 from common import Tokenizer
 from gpt import Config
 from sample import rebuild
@@ -77,6 +78,41 @@ def gpt2_config(config: Config) -> dict[str, Any]:
         "bos_token_id": None,  # there is no beginning-of-text token
         "eos_token_id": None,  # and no end-of-text token
         "use_cache": True,
+    }
+
+
+def byte_pair_json(tokenizer: BytePairTokenizer) -> dict[str, Any]:
+    """The merges of bpe.py, with GPT-2's way to write bytes as visible characters."""
+    shown = {
+        byte: chr(byte if i < len(PRINTABLE) else 256 + i - len(PRINTABLE))
+        for i, byte in enumerate(BYTES)
+    }
+    words = ["".join(shown[byte] for byte in token) for token in tokenizer.tokens]
+    merges = [[words[first], words[second]] for first, second in tokenizer.source]
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "model": {
+            "type": "BPE",
+            "vocab": {word: i for i, word in enumerate(words)},
+            "merges": merges,
+        },
+        "post_processor": None,
+        "decoder": byte_level,
     }
 
 
@@ -154,10 +190,11 @@ def main() -> None:
         ) from None
     model, tokenizer = rebuild(checkpoint, "cpu")
     config = saved_config(Config, checkpoint)
+    to_json = byte_pair_json if isinstance(tokenizer, BytePairTokenizer) else tokenizer_json
     files = {
         "model.safetensors": save(gpt2_weights(model), {"format": "pt"}),
         "config.json": as_json(gpt2_config(config)),
-        "tokenizer.json": as_json(tokenizer_json(tokenizer)),
+        "tokenizer.json": as_json(to_json(tokenizer)),
         "tokenizer_config.json": as_json(tokenizer_config(config)),
     }
     write_folder(options.out, files)

@@ -5,11 +5,13 @@
 
 The UTF-8 texts are read twice, in chunks: once to find the vocabulary, once to write each character
 as a two-byte token id. The first 90% is for training and the rest for validation, which is capped
-at a million characters because every evaluation covers all of it.
+at a million characters because every evaluation covers all of it. With `--tokenizer`, the tokens
+are those of a folder that bpe.py made, and all cores encode.
 """
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,12 +19,16 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
+from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from trainer import UserError, cli
+from bpe import BytePairTokenizer
 from common import split_index
-from trainer.corpus import Batch, Corpus
+from trainer.corpus import Batch, Corpus, make_tokenizer
 from trainer.flags import Parser, path_of
 from trainer.folder import rename
 
@@ -31,14 +37,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-FORMAT = "character-gpt-course-data-1"
+FORMAT = "character-gpt-course-data-2"
+SPLITS = {"train": "train.bin", "validation": "val.bin"}
 ID_DTYPE = np.dtype("<u2")  # a token id in the files: two bytes, little-endian
 MAX_VOCABULARY = 2**16  # largest vocabulary that two-byte ids allow
 CODE_POINTS = 0x110000  # size of Unicode's code space
 CHUNK_BYTES = 2**16  # fits in the CPU's cache
+WORK = 2**20  # characters that a process encodes at a time
 
 
-def prepare(texts: list[Path], folder: Path) -> dict[str, Any]:
+def prepare(
+    texts: list[Path], folder: Path, tokenizer: BytePairTokenizer | None = None
+) -> dict[str, Any]:
     """Write the folder under a temporary name, then rename it; return its meta.json."""
     target = Path(os.path.realpath(folder))
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -49,7 +59,7 @@ def prepare(texts: list[Path], folder: Path) -> dict[str, Any]:
             if re.fullmatch(re.escape(target.name) + r"\.\d+\.part", path.name):
                 shutil.rmtree(path)
         partial.mkdir()
-        meta = write_files(texts, partial)
+        meta = write_files(texts, partial, tokenizer)
         if target.exists():
             target.rmdir()  # it was empty; if it no longer is, this fails
         rename(partial, target)
@@ -72,7 +82,9 @@ def refuse_taken(folder: Path) -> None:
         raise UserError(f"{folder} is not empty: choose another folder with --out")
 
 
-def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
+def write_files(
+    texts: list[Path], folder: Path, tokenizer: BytePairTokenizer | None
+) -> dict[str, Any]:
     """Read the texts twice; write train.bin and val.bin, and then meta.json."""
     try:
         size = sum(path.stat().st_size for path in texts)
@@ -86,29 +98,35 @@ def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
                 seen[codes] = True
             count += len(codes)
         vocabulary = "".join(map(chr, seen.nonzero()[0]))
-        refuse_vocabulary(vocabulary)
+        refuse_vocabulary(vocabulary, tokenizer)
 
         counts = characters(count, len(vocabulary))
         id_of = np.zeros(CODE_POINTS, ID_DTYPE)
         id_of[seen] = np.arange(len(vocabulary))
-        digest_train, digest_val = hashlib.sha256(), hashlib.sha256()
-        room = counts["train"]  # how many characters train.bin still takes
-        with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
-            for codes in code_points(texts, sources_now, bar):
-                ids = id_of.take(codes)
-                train.write(ids[:room])
-                digest_train.update(ids[:room])
-                val.write(ids[room:])
-                digest_val.update(ids[room:])
-                room = max(0, room - len(ids))
+        chunks = split_at(code_points(texts, sources_now, bar), counts["train"])
+        if tokenizer:
+            encoded = encode_words(chunks, tokenizer)
+        else:
+            encoded = ((name, id_of.take(codes)) for name, codes in chunks)
+        digests, tokens = {name: hashlib.sha256() for name in SPLITS}, dict.fromkeys(SPLITS, 0)
+        with ExitStack() as stack:
+            files = {
+                name: stack.enter_context((folder / file).open("wb"))
+                for name, file in SPLITS.items()
+            }
+            for name, ids in encoded:
+                files[name].write(ids)
+                digests[name].update(ids)
+                tokens[name] += len(ids)
     for path, before, now in zip(texts, sources, sources_now, strict=True):
         if before != now:
             raise UserError(f"{path} changed while it was being read: run this again")
     meta = {
         "format": FORMAT,
-        "vocabulary": vocabulary,
+        "vocabulary": tokenizer.source if tokenizer else vocabulary,
         "characters": counts,
-        "sha256": {"train.bin": digest_train.hexdigest(), "val.bin": digest_val.hexdigest()},
+        "tokens": tokens,
+        "sha256": {SPLITS[name]: digest.hexdigest() for name, digest in digests.items()},
         "sources": sources,
     }
     content = json.dumps(meta, ensure_ascii=False, indent=1) + "\n"
@@ -116,7 +134,64 @@ def write_files(texts: list[Path], folder: Path) -> dict[str, Any]:
     return meta
 
 
-def refuse_vocabulary(vocabulary: str) -> None:
+def split_at(chunks: Iterator[np.ndarray], border: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Say of each chunk to which split it belongs; cut the one that belongs to both."""
+    for codes in chunks:
+        for name, part in (("train", codes[:border]), ("validation", codes[border:])):
+            if len(part):
+                yield name, part
+        border = max(0, border - len(codes))
+
+
+def encode_words(
+    chunks: Iterator[tuple[str, np.ndarray]], tokenizer: BytePairTokenizer
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Encode with all cores, as many pieces at a time as keep them busy for a moment."""
+    pieces = whole_words(chunks)
+    with ExitStack() as stack:
+        pool = None
+        while batch := list(itertools.islice(pieces, 4 * (os.cpu_count() or 1))):
+            if len(batch) > 2 and not pool:
+                workers = get_context("spawn").Pool(initializer=keep, initargs=(tokenizer,))
+                pool = stack.enter_context(workers)
+            keep(tokenizer)
+            texts = [text for _, text in batch]
+            arrays = pool.map(encode, texts, chunksize=1) if pool else map(encode, texts)
+            yield from zip((name for name, _ in batch), arrays, strict=True)
+
+
+def whole_words(chunks: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, str]]:
+    """Larger pieces of text that begin and end at the borders of words."""
+    for name, group in itertools.groupby(chunks, key=itemgetter(0)):
+        text = ""
+        for _, codes in group:
+            text += codes.tobytes().decode("utf-32-le")
+            if len(text) >= WORK:
+                end = last_border(text)
+                yield name, text[:end]
+                text = text[end:]
+        yield name, text
+
+
+def last_border(text: str) -> int:
+    """Where white space begins for the last time: no token crosses this border."""
+    match = re.search(r"[\x00-\x20\x7f]+[^\x00-\x20\x7f]*$", text)
+    return match.start() if match else 0
+
+
+def encode(text: str) -> np.ndarray:
+    return np.array(TOKENIZER.encode(text), ID_DTYPE)
+
+
+def keep(tokenizer: BytePairTokenizer) -> None:
+    """What the processes of the pool encode with; it remembers the words that it has seen."""
+    global TOKENIZER
+    TOKENIZER = tokenizer
+
+
+def refuse_vocabulary(vocabulary: str, tokenizer: BytePairTokenizer | None) -> None:
+    if tokenizer:
+        return
     if len(vocabulary) == 1:
         raise UserError(f"the text only repeats one character, {vocabulary!r}: name another text")
     if len(vocabulary) > MAX_VOCABULARY:
@@ -187,14 +262,15 @@ def open_prepared(folder: Path, verify: bool = False) -> Corpus:
     try:
         content = (folder / "meta.json").read_bytes()
         meta = json.loads(content)
-        vocabulary, counts = meta["vocabulary"], meta["characters"]
+        tokenizer, counts = make_tokenizer(meta["vocabulary"]), meta["characters"]
         training = np.memmap(folder / "train.bin", ID_DTYPE, mode="r")
         validation = np.fromfile(folder / "val.bin", ID_DTYPE)
+        sources = meta["sources"]
         fits = (
             meta["format"] == FORMAT
-            and counts == characters(len(training) + len(validation), len(vocabulary))
-            and counts["train"] == len(training)
-            and vocabulary == "".join(sorted(set(vocabulary)))
+            and counts == characters(counts["all"], counts["different"])
+            and meta["tokens"] == {"train": len(training), "validation": len(validation)}
+            and tokenizer.source == meta["vocabulary"]
             and sha256_of(folder / "val.bin") == meta["sha256"]["val.bin"]
             and (not verify or sha256_of(folder / "train.bin") == meta["sha256"]["train.bin"])
         )
@@ -214,7 +290,9 @@ def open_prepared(folder: Path, verify: bool = False) -> Corpus:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = torch.from_numpy(training), torch.from_numpy(validation)
     name, sha256 = folder.resolve().name, hashlib.sha256(content).hexdigest()
-    return PreparedCorpus(name, str(folder.resolve()), sha256, vocabulary, *tensors)
+    text = sources[0]["sha256"] if len(sources) == 1 else sha256
+    own = (text, counts["validation"])
+    return PreparedCorpus(name, str(folder.resolve()), sha256, tokenizer, *tensors, *own)
 
 
 def sha256_of(path: Path) -> str:
@@ -236,13 +314,23 @@ def main() -> None:
     parser.add_argument(
         "--out", type=path_of, required=True, metavar="DIR", help="new folder to write"
     )
+    words = "folder whose tokens to use, as bpe.py made it (default: characters)"
+    parser.add_argument("--tokenizer", type=path_of, metavar="DIR", help=words)
     options = parser.parse_args()
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
-    counts = prepare(options.texts, options.out)["characters"]
+    tokenizer = open_prepared(options.tokenizer).tokenizer if options.tokenizer else None
+    if tokenizer and isinstance(tokenizer.source, str):
+        raise UserError(f"{options.tokenizer} has no tokens of bpe.py: leave out --tokenizer")
+    report(prepare(options.texts, options.out, tokenizer), options.out)
+
+
+def report(meta: dict[str, Any], out: Path) -> None:
+    counts, tokens = meta["characters"], sum(meta["tokens"].values())
+    as_tokens = f" as {tokens:,} tokens" if tokens != counts["all"] else ""
     print(
-        f"wrote {counts['all']:,} characters, {counts['different']:,} distinct, to "
-        f"{options.out}; to train on them: python gpt.py --data {options.out}"
+        f"wrote {counts['all']:,} characters, {counts['different']:,} distinct,{as_tokens} to "
+        f"{out}; to train on them: python gpt.py --data {out}"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from trainer import UserError, cli
 from common import LanguageModel, Tokenizer
 from trainer.checkpoint import read_checkpoint, restore, saved_config
+from trainer.corpus import make_tokenizer
 from trainer.flags import Parser, Seed, given, options_for, path_of
 from trainer.machine import DeviceSettings, available_device
 from trainer.sampling import SampleSettings, continuation, store_by_columns
@@ -31,7 +32,7 @@ def rebuild(checkpoint: dict[str, Any], device: str = "auto") -> tuple[LanguageM
     restore(checkpoint, {"model": model})
     model = model.to(available_device(device)).eval()
     store_by_columns(model)
-    return model, Tokenizer(checkpoint["vocabulary"])
+    return model, make_tokenizer(checkpoint["vocabulary"])
 
 
 def generate(

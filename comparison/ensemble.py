@@ -22,7 +22,7 @@ def ensemble_loss(runs: list[TrainedRun], corpus: Corpus) -> float | None:
     except UserError:  # such as a script that has changed since
         return None
     mean = torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(runs))
-    return -mean.mean().item()
+    return -mean.mean().item() / corpus.characters_per_token
 
 
 @torch.inference_mode()

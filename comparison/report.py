@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 
 from trainer import UserError
-from common import Tokenizer
 from comparison import drawing
 from comparison.diagram import STAGES, diagram
 from comparison.drawing import standalone
@@ -111,7 +110,7 @@ def difference(before: list[Markup], after: list[Markup]) -> list[tuple[str, Mar
 
 def first_line(corpus: Corpus) -> str:
     """A prompt that no model was trained on: the first whole line of the validation split."""
-    _, *lines = Tokenizer(corpus.vocabulary).decode(corpus.validation[:2000].tolist()).split("\n")
+    _, *lines = corpus.tokenizer.decode(corpus.validation[:2000].tolist()).split("\n")
     return next((f"{line}\n"[:40] for line in lines if line.strip()), "")
 
 

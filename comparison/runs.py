@@ -38,6 +38,11 @@ class TrainedRun:
         return self.about["config"]
 
     @property
+    def text(self) -> str:
+        """SHA-256 of the text, whatever its tokens are."""
+        return self.about["corpus"].get("text", self.about["corpus"]["sha256"])
+
+    @property
     def best(self) -> dict[str, float]:
         return min(self.rows, key=lambda row: row["val_loss"])
 
@@ -93,6 +98,10 @@ def read_run(folder: Path) -> TrainedRun:
         heading, *lines = (folder / "losses.csv").read_text(encoding="utf-8").splitlines()
         rows = [dict(zip(COLUMNS, map(float, line.split(",")), strict=True)) for line in lines]
         rows = [row | {name: int(row[name]) for name in ("step", "tokens")} for row in rows]
+        # Losses per token, of runs with different tokens, only compare per character.
+        for row in rows:
+            for name in ("train_loss", "val_loss"):
+                row[name] /= about["corpus"].get("characters_per_token", 1)
         run = TrainedRun(folder, about, rows)
         numbers = [about["parameters"], run.config["max_iters"], run.seed, *rows[-1].values()]
         texts = [run.stage, about["corpus"]["sha256"], about["corpus"]["name"], run.key[-1]]

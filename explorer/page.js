@@ -16,6 +16,7 @@ const runs = JSON.parse(find("#models").textContent).map((about, index) => ({
   tokenIds: new Map(about.vocabulary.map((token, id) => [token, id])),
   longest: about.vocabulary.reduce((most, token) => Math.max(most, [...token].length), 1),
   attentions: about.steps.filter((step) => step.kind === "attention"),
+  ranks: new Map(about.merges?.map((pair, i) => [pair.join(" "), i])),
 }));
 
 const state = {
@@ -133,8 +134,9 @@ function latest(work) {
   };
 }
 
-// Token ids of a text: at each point the longest token of the vocabulary.
+// Token ids of a text: at each point the longest token of the vocabulary, or bpe.py's byte pairs.
 function encode(run, text) {
+  if (run.merges) return { ids: bytePairs(run, text), unknown: [] };
   const [ids, unknown, characters] = [[], new Set(), [...text]];
   for (let i = 0, length; i < characters.length; i += length || 1) {
     length = Math.min(run.longest, characters.length - i);
@@ -146,7 +148,33 @@ function encode(run, text) {
   return { ids, unknown: [...unknown] };
 }
 
-const decode = (run, ids) => ids.map((id) => run.vocabulary[id]).join("");
+// In each word, merge the pair that was learned first, until none is left.
+function bytePairs(run, text) {
+  return (text.match(new RegExp(run.pattern, "gu")) ?? []).flatMap((word) => {
+    let ids = [...new TextEncoder().encode(word)].map((byte) => run.bytes.indexOf(byte));
+    for (;;) {
+      const ranks = ids.map((id, i) => run.ranks.get(`${id} ${ids[i + 1]}`) ?? Infinity);
+      const rank = Math.min(...ranks);
+      if (rank === Infinity) return ids;
+      const merged = [];
+      for (let i = 0; i < ids.length; i++) {
+        const isPair = ranks[i] === rank;
+        merged.push(isPair ? run.bytes.length + rank : ids[i]);
+        if (isPair) i += 1;
+      }
+      ids = merged;
+    }
+  });
+}
+
+function decode(run, ids) {
+  if (!run.merges) return ids.map((id) => run.vocabulary[id]).join("");
+  const bytesOf = (id) =>
+    id < run.bytes.length ? [run.bytes[id]] : run.merges[id - run.bytes.length].flatMap(bytesOf);
+  const bytes = Uint8Array.from(ids.flatMap(bytesOf));
+  return new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes);
+}
+
 const tokenAt = (position) => state.run.vocabulary[state.shown.ids[position]];
 const tokens = () => state.shown.ids.map((_, i) => tokenAt(i));
 
@@ -183,7 +211,11 @@ function select(position) {
   drawSelection();
 }
 
-const meanLoss = (losses) => mean(losses.filter((loss) => loss !== null));
+// Per character, also if a token has several.
+function meanLoss(losses) {
+  const { run, shown } = state;
+  return sum(losses.slice(1)) / [...decode(run, shown.ids.slice(1))].length;
+}
 
 async function showLoss(isStale) {
   const { run, shown, trace } = state;

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from common import LanguageModel
+from common import LanguageModel, Tokenizer
 from trainer.cli import UserError, is_out_of_memory
 
 import torch
@@ -82,19 +82,21 @@ def misfit(checkpoint: Checkpoint, error: Exception) -> UserError:
 
 
 @torch.no_grad()
-def adopt_weights(model: LanguageModel, config: Any, saved: Checkpoint, vocabulary: str) -> None:
+def adopt_weights(model: LanguageModel, config: Any, saved: Checkpoint, now: Tokenizer) -> None:
     """Copy another run's weights; characters that it lacks keep their initial weights."""
     before = type(model)(saved_config(type(config), saved)).eval()
     restore(saved, {"model": before})
-    after, known = type(model)(config).eval(), len(saved["vocabulary"])
-    rows = torch.tensor([vocabulary.index(character) for character in saved["vocabulary"]])
+    after, known = type(model)(config).eval(), saved["config"]["vocab_size"]
+    rows = torch.arange(known)  # of the new tables, for each old token
+    if isinstance(saved["vocabulary"], str):
+        rows = torch.tensor([now.ids[character] for character in saved["vocabulary"]])
     refusal = UserError("the saved weights do not fit a model with these flags: drop the flags")
     weights = after.state_dict()
     if weights.keys() != before.state_dict().keys():
         raise refusal
     for name, weight in before.state_dict().items():
         sizes = list(zip(weights[name].shape, weight.shape, strict=True))
-        if any(new != old and (new, old) != (len(vocabulary), known) for new, old in sizes):
+        if any(new != old and (new, old) != (config.vocab_size, known) for new, old in sizes):
             raise refusal
         index = [rows if new != old else torch.arange(old) for new, old in sizes]
         weights[name][torch.meshgrid(*index, indexing="ij")] = weight

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +33,20 @@ class Corpus:
     name: str
     path: str
     sha256: str
-    vocabulary: str
+    tokenizer: Tokenizer
     train: Tensor
     validation: Tensor
+    text: str  # SHA-256 of the text itself, whatever its tokens are
+    characters: int  # in the validation split
     table: Tensor | None = None  # maps the text's ids to the model's, if they differ
+
+    @property
+    def vocabulary(self) -> Sequence[str]:
+        return self.tokenizer.vocabulary
+
+    @property
+    def characters_per_token(self) -> float:
+        return self.characters / len(self.validation)
 
     def ids(self, tokens: Tensor) -> Tensor:
         return tokens.long() if self.table is None else self.table[tokens.long()]
@@ -65,7 +76,14 @@ def open_corpus(path: Path | None, verify: bool = False) -> Corpus:
     id_of[[*map(ord, tokenizer.vocabulary)]] = torch.arange(len(tokenizer.vocabulary))
     parts = split(id_of[torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)])
     sha256 = hashlib.sha256(content).hexdigest()
-    return Corpus(path.stem, str(path.resolve()), sha256, tokenizer.vocabulary, *parts)
+    return Corpus(path.stem, str(path.resolve()), sha256, tokenizer, *parts, sha256, len(parts[1]))
+
+
+def make_tokenizer(source: str | list) -> Tokenizer:
+    """The tokenizer that was saved: its characters, or the merges of bpe.py."""
+    from bpe import BytePairTokenizer  # imported here because bpe.py imports this package
+
+    return Tokenizer(source) if isinstance(source, str) else BytePairTokenizer(source)
 
 
 def default_corpus() -> Path:

@@ -56,10 +56,11 @@ class Plan:
     def header(self) -> dict[str, Any]:
         """The description of the run in its files."""
         own = {each: getattr(self, each) for each in ("seed", "init_from", "changed_on_resume")}
-        own |= {"stage": self.name, "vocabulary": self.tokenizer.vocabulary}
+        own |= {"stage": self.name, "vocabulary": self.tokenizer.source}
         machine = {each: getattr(self.settings, each) for each in ("compile", "grad_accumulation")}
         machine |= {"device": self.machine.device.type, "dtype": self.machine.dtype_name}
-        text = {"name": self.corpus.name, "path": self.corpus.path, "sha256": self.corpus.sha256}
+        names = ("name", "path", "sha256", "text", "characters_per_token")
+        text = {each: getattr(self.corpus, each) for each in names}
         return {"config": asdict(self.config), **own, **machine, "corpus": text}
 
 
@@ -181,7 +182,13 @@ def open_text(
         raise UserError(f"{corpus.path} is not this run's text: restore {before['path']}")
     if corpus.sha256 != world.broadcast(corpus.sha256):
         raise UserError(f"{corpus.path} is not the same text in all processes")
-    known = set(saved["vocabulary"] if saved else corpus.vocabulary)
+    source = saved["vocabulary"] if saved else corpus.tokenizer.source
+    if not isinstance(source, str) or not isinstance(corpus.tokenizer.source, str):
+        if source != corpus.tokenizer.source:
+            how = f"python prepare.py TEXT --tokenizer {settings.init_from or before['path']}"
+            raise UserError(f"{corpus.path} has other tokens than that run: encode it with {how}")
+        return corpus, corpus.tokenizer
+    known = set(source)
     unknown = "".join(sorted(set(corpus.vocabulary) - known))
     if unknown and not settings.extend_vocabulary:
         lacks = f"lacks {len(unknown)} characters of {corpus.path}: {unknown!r}"

@@ -73,6 +73,10 @@ class Run:
         torch.manual_seed(self.plan.seed)  # for the initial weights
 
     @property
+    def unit(self) -> str:
+        return "characters" if isinstance(self.plan.tokenizer.source, str) else "tokens"
+
+    @property
     def step(self) -> int:
         return self.history.step
 
@@ -142,13 +146,14 @@ class Run:
         if not self.world.is_main:
             return
         best, plan, model = self.history.best, self.plan, type(self.model)(self.config)
-        bits = f"{best['val_loss'] / math.log(2):.3f} bits per character"
+        bits = best["val_loss"] / math.log(2) / plan.corpus.characters_per_token
+        loss = f"{best['val_loss']:.4f} ({bits:.3f} bits per character)"
         when = f"step {best['step']} after {best['seconds']:.1f} s"
-        say(f"* best validation loss {best['val_loss']:.4f} ({bits}) at {when}")
+        say(f"* best validation loss {loss} at {when}")
         if self.step > self.first_step:
             seconds = self.computing / (self.step - self.first_step)
             speed = self.config.batch_size * self.config.block_size / seconds
-            say(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} characters per second")
+            say(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} {self.unit} per second")
         if entropy := known_entropy(plan.corpus.path):
             say(f"entropy of Pocket Play, which no model can beat on average: {entropy:.4f}")
         restore(read_checkpoint(self.folder.path / "best.pt"), {"model": model})
@@ -170,11 +175,11 @@ class Run:
         several = f"{self.world.size} processes" if self.world.size > 1 else ""
         preset = plan.preset and f"preset {plan.preset}"
         details = (self.device.type, self.machine.dtype_name, preset, several)
-        length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} characters"
+        length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} {self.unit}"
         self.say(f"{plan.name}: {parameters:,} parameters, {', '.join(filter(None, details))}")
         self.say(f"{plan.corpus.name}: {length}, {self.config.vocab_size} distinct")
         if plan.init_from and not plan.settings.resume:
-            adopt_weights(self.model, self.config, self.saved, plan.tokenizer.vocabulary)
+            adopt_weights(self.model, self.config, self.saved, plan.tokenizer)
             self.say(f"starts from the weights of {plan.init_from}")
         weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
         self.model.load_state_dict(self.world.broadcast(weights))  # machines may round differently

@@ -21,8 +21,13 @@ class SampleSettings:
 
     def start_of_text(self, tokenizer: Tokenizer) -> str:
         """The validated prompt; by default a newline, which starts a line."""
-        if unknown := "".join(sorted(set(self.prompt) - tokenizer.ids.keys())):
-            raise UserError(f"--prompt has characters that the training text lacks: {unknown!r}")
+        try:
+            tokenizer.encode(self.prompt)
+        except KeyError:
+            unknown = "".join(sorted(set(self.prompt) - tokenizer.ids.keys()))
+            raise UserError(
+                f"--prompt has characters that the training text lacks: {unknown!r}"
+            ) from None
         return self.prompt or ("\n" if "\n" in tokenizer.ids else tokenizer.vocabulary[0])
 
 
@@ -37,8 +42,7 @@ def continuation(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one position at a time is too little work for more threads
     try:
-        for i in itertools.islice(sampled, how.sample_length):
-            yield tokenizer.decode([i])
+        yield from tokenizer.stream(itertools.islice(sampled, how.sample_length))
     finally:
         torch.set_num_threads(threads)
 

@@ -1,0 +1,148 @@
+"""Byte-pair encoding: learn tokens that are longer than a character.
+
+Real models do not read characters but **tokens**: frequent pieces of words, such as " the" or
+"ing". **Byte-pair encoding** (BPE) starts with the 256 possible bytes, so that any text can be
+encoded, and repeats one step: **merge** the most frequent pair of neighbors into a new token.
+
+    python bpe.py --vocab-size 512 --out data/shakespeare-512
+    python gpt.py --data data/shakespeare-512
+"""
+
+import codecs
+import heapq
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Annotated
+
+from trainer import UserError, cli
+from trainer.corpus import default_corpus, open_corpus
+from trainer.flags import Limits, Parser, options_for, path_of
+
+Pair = tuple[int, int]
+VocabSize = Annotated[int, Limits(lambda x: 256 <= x <= 2**16, ">= 256 and <= 65536")]
+
+# No token crosses the border of a word: letters, digits or punctuation with the space before them,
+# or white space. Whatever is beyond ASCII counts as a letter.
+PATTERN = " ?[A-Za-z\u0080-\U0010ffff]+| ?[0-9]+| ?[!-/:-@\\[-`{-~]+|[\x00-\x20\x7f]+"
+# The first 256 tokens: each byte, in GPT-2's order, which begins with the printable characters.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
+
+
+class BytePairTokenizer:
+    """Turns text into token ids and back, with the merges that `learn` found."""
+
+    def __init__(self, merges: Iterable[Pair]) -> None:
+        self.source = [list(pair) for pair in merges]  # what is saved of it
+        self.rank = {(first, second): i for i, (first, second) in enumerate(self.source)}
+        self.tokens = [bytes([byte]) for byte in BYTES]
+        for first, second in self.source:
+            self.tokens.append(self.tokens[first] + self.tokens[second])
+        self.vocabulary = [token.decode("utf-8", errors="replace") for token in self.tokens]
+        self.ids = {token: i for i, token in enumerate(self.vocabulary)}
+        self.known: dict[str, list[int]] = {}  # words that have been encoded before
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for word in re.findall(PATTERN, text):
+            if word not in self.known:
+                self.known[word] = self.encode_word(word)
+            ids += self.known[word]
+        return ids
+
+    def encode_word(self, word: str) -> list[int]:
+        """Apply the merges, the one that was learned first before all others."""
+        ids = to_ids(word)
+        while len(ids) > 1:
+            pair = min(pairwise(ids), key=lambda pair: self.rank.get(pair, len(self.rank)))
+            if pair not in self.rank:
+                break
+            ids = merge(ids, pair, 256 + self.rank[pair])
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.stream(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Decode ids as they come; bytes that are not UTF-8, as in some samples, become \ufffd."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(self.tokens[i])
+        yield decoder.decode(b"", final=True)
+
+
+def to_ids(word: str) -> list[int]:
+    return [BYTES.index(byte) for byte in word.encode("utf-8")]
+
+
+def merge(ids: list[int], pair: Pair, new: int) -> list[int]:
+    """Replace each occurrence of a pair, from left to right, by a new token."""
+    merged, i = [], 0
+    while i < len(ids):
+        is_pair = i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair
+        merged.append(new if is_pair else ids[i])
+        i += 1 + is_pair
+    return merged
+
+
+def learn(text: str, vocab_size: int) -> list[Pair]:
+    """Learn merges until there are `vocab_size` tokens.
+
+    Only the words that contain a pair change when it is merged, so only their pairs are counted
+    again. Of pairs that are equally frequent, the one with the smallest ids is merged first.
+    """
+    words = [(to_ids(word), count) for word, count in Counter(re.findall(PATTERN, text)).items()]
+    counts: Counter[Pair] = Counter()
+    words_with: dict[Pair, set[int]] = defaultdict(set)
+    for i, (ids, count) in enumerate(words):
+        for pair in pairwise(ids):
+            counts[pair] += count
+            words_with[pair].add(i)
+    queue = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(queue)
+    merges: list[Pair] = []
+    while queue and 256 + len(merges) < vocab_size:
+        count, pair = heapq.heappop(queue)
+        if -count != counts[pair]:  # outdated: the right count is also in the queue
+            continue
+        merges.append(pair)
+        changed: Counter[Pair] = Counter()
+        for i in words_with.pop(pair):
+            ids, count = words[i]
+            changed.subtract({each: count * n for each, n in Counter(pairwise(ids)).items()})
+            ids = merge(ids, pair, 255 + len(merges))
+            for each in pairwise(ids):
+                changed[each] += count
+                words_with[each].add(i)
+            words[i] = (ids, count)
+        for each, difference in changed.items():
+            counts[each] += difference
+            if difference and counts[each]:
+                heapq.heappush(queue, (-counts[each], each))
+    return merges
+
+
+def main() -> None:
+    from prepare import prepare, report  # imported here because prepare.py imports this file
+
+    parser = Parser(__doc__)
+    parser.add_argument("--data", type=path_of, metavar="TEXT", help="a UTF-8 text to learn from")
+    words = "number of tokens, 256 of which are the bytes (default 512)"
+    parser.add_argument("--vocab-size", default=512, help=words, **options_for(VocabSize))
+    parser.add_argument("--out", type=path_of, required=True, metavar="DIR", help="new folder")
+    options = parser.parse_args()
+
+    path = options.data or default_corpus()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: pass a UTF-8 text as --data")
+    corpus = open_corpus(path)
+    text = corpus.tokenizer.decode(corpus.train.tolist())  # what the model will be trained on
+    tokenizer = BytePairTokenizer(learn(text, options.vocab_size))
+    print("longest tokens:", *map(repr, sorted(tokenizer.vocabulary, key=len)[-10:]))
+    report(prepare([path], options.out, tokenizer), options.out)
+
+
+if __name__ == "__main__":
+    cli(main)
