@@ -74,7 +74,7 @@ class BytePairTokenizer:
 
 
 def to_ids(word: str) -> list[int]:
-    return [BYTES.index(byte) for byte in word.encode("utf-8")]
+    return [BYTES.index(byte) for byte in word.encode("utf-8", "replace")]
 
 
 def merge(ids: list[int], pair: Pair, new: int) -> list[int]:

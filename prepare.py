@@ -265,7 +265,7 @@ def open_prepared(folder: Path, verify: bool = False) -> Corpus:
         tokenizer, counts = make_tokenizer(meta["vocabulary"]), meta["characters"]
         training = np.memmap(folder / "train.bin", ID_DTYPE, mode="r")
         validation = np.fromfile(folder / "val.bin", ID_DTYPE)
-        sources = meta["sources"]
+        texts = [source["sha256"] for source in meta["sources"]]
         fits = (
             meta["format"] == FORMAT
             and counts == characters(counts["all"], counts["different"])
@@ -290,9 +290,9 @@ def open_prepared(folder: Path, verify: bool = False) -> Corpus:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = torch.from_numpy(training), torch.from_numpy(validation)
     name, sha256 = folder.resolve().name, hashlib.sha256(content).hexdigest()
-    text = sources[0]["sha256"] if len(sources) == 1 else sha256
-    own = (text, counts["validation"])
-    return PreparedCorpus(name, str(folder.resolve()), sha256, tokenizer, *tensors, *own)
+    text = texts[0] if len(texts) == 1 else sha256
+    own = (name, str(folder.resolve()), sha256, tokenizer)
+    return PreparedCorpus(*own, *tensors, text, counts["validation"])
 
 
 def sha256_of(path: Path) -> str:

@@ -883,4 +883,4 @@ show(folder) if (folder / "best.pt").exists() else print("first train one: pytho
 #   ablation and patching find a circuit in GPT-2
 
 # %% [markdown]
-# **Next →** [README](../README.md)
+# **Next →** [10_byte_pairs](10_byte_pairs.ipynb)

@@ -49,7 +49,7 @@ def source(name: str, address: str) -> NotebookNode:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or sorted(path.stem for path in HERE.glob("0*.py")):
+    for name in sys.argv[1:] or sorted(path.stem for path in HERE.glob("[0-9][0-9]_*.py")):
         notebook = source(name, repository())
         NotebookClient(notebook, timeout=900, coalesce_streams=True, **WHERE).execute()
         for cell in notebook.cells:

@@ -57,6 +57,7 @@ def test_any_text_comes_back(text, vocab_size):
     tokenizer = BytePairTokenizer(learn(text, vocab_size))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert BytePairTokenizer([]).decode(BytePairTokenizer([]).encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(f"{text}\udcff")) == f"{text}?"  # no valid text
 
 
 def test_samples_may_contain_invalid_bytes():

@@ -155,8 +155,9 @@ def test_the_diff_is_the_lesson(before, after):
 
 
 SIZE_LIMITS = {"gpt.py": 220, "modern_gpt.py": 340, "common.py": 100}
-SIZE_LIMITS |= {"trainer/*.py": 1530, "tests/*.py": 5700}
-SIZE_LIMITS |= {"bpe.py": 150, "explore.py": 125, "explorer/hooks.py": 120, "explorer/model.js": 250}
+SIZE_LIMITS |= {"trainer/*.py": 1570, "tests/*.py": 5900}
+SIZE_LIMITS |= {"bpe.py": 150, "explore.py": 125}
+SIZE_LIMITS |= {"explorer/hooks.py": 120, "explorer/model.js": 250}
 
 
 @pytest.mark.parametrize("pattern, most", SIZE_LIMITS.items())

@@ -23,6 +23,7 @@ SCRIPTS = {  # the notebooks, and what each of them builds
     "07_gpt": ["gpt"],
     "08_modern_gpt": ["modern_gpt"],
     "09_look_inside": [],
+    "10_byte_pairs": [],
 }
 NOT_TAUGHT = {"Config", "main"}
 every_notebook = pytest.mark.parametrize("name", SCRIPTS)

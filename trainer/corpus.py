@@ -81,9 +81,11 @@ def open_corpus(path: Path | None, verify: bool = False) -> Corpus:
 
 def make_tokenizer(source: str | list) -> Tokenizer:
     """The tokenizer that was saved: its characters, or the merges of bpe.py."""
+    if isinstance(source, str):
+        return Tokenizer(source)
     from bpe import BytePairTokenizer  # imported here because bpe.py imports this package
 
-    return Tokenizer(source) if isinstance(source, str) else BytePairTokenizer(source)
+    return BytePairTokenizer(source)
 
 
 def default_corpus() -> Path:

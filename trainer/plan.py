@@ -185,8 +185,9 @@ def open_text(
     source = saved["vocabulary"] if saved else corpus.tokenizer.source
     if not isinstance(source, str) or not isinstance(corpus.tokenizer.source, str):
         if source != corpus.tokenizer.source:
-            how = f"python prepare.py TEXT --tokenizer {settings.init_from or before['path']}"
-            raise UserError(f"{corpus.path} has other tokens than that run: encode it with {how}")
+            how = f"python prepare.py TEXT --out DIR --tokenizer {saved['corpus']['path']}"
+            how = "pass a plain text as --data" if isinstance(source, str) else f"try {how}"
+            raise UserError(f"{corpus.path} has other tokens than that run; {how}")
         return corpus, corpus.tokenizer
     known = set(source)
     unknown = "".join(sorted(set(corpus.vocabulary) - known))
