@@ -21,11 +21,13 @@ from trainer.corpus import default_corpus, open_corpus
 from trainer.flags import Limits, Parser, options_for, path_of
 
 Pair = tuple[int, int]
-VocabSize = Annotated[int, Limits(lambda x: 256 <= x <= 2**16, ">= 256 and <= 65536")]
+MAX_VOCABULARY = 2**16  # an id has two bytes in a prepared text
+VocabSize = Annotated[int, Limits(lambda x: 256 <= x <= MAX_VOCABULARY, ">= 256 and <= 65536")]
 
 # No token crosses the border of a word: letters, digits or punctuation with the space before them,
-# or white space. Whatever is beyond ASCII counts as a letter.
-PATTERN = " ?[A-Za-z\u0080-\U0010ffff]+| ?[0-9]+| ?[!-/:-@\\[-`{-~]+|[\x00-\x20\x7f]+"
+# or white space, at most 64 of each. Whatever is beyond ASCII counts as a letter.
+LETTERS, PUNCTUATION, SPACE = "[A-Za-z\u0080-\U0010ffff]", "[!-/:-@\\[-`{-~]", "[\x00-\x20\x7f]"
+PATTERN = f" ?{LETTERS}{{1,64}}| ?[0-9]{{1,64}}| ?{PUNCTUATION}{{1,64}}|{SPACE}{{1,64}}"
 # The first 256 tokens: each byte, in GPT-2's order, which begins with the printable characters.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
@@ -39,6 +41,8 @@ class BytePairTokenizer:
         self.rank = {(first, second): i for i, (first, second) in enumerate(self.source)}
         self.tokens = [bytes([byte]) for byte in BYTES]
         for first, second in self.source:
+            if min(first, second) < 0 or len(self.tokens) >= MAX_VOCABULARY:
+                raise ValueError
             self.tokens.append(self.tokens[first] + self.tokens[second])
         self.vocabulary = [token.decode("utf-8", errors="replace") for token in self.tokens]
         self.ids = {token: i for i, token in enumerate(self.vocabulary)}
@@ -48,6 +52,7 @@ class BytePairTokenizer:
         ids: list[int] = []
         for word in re.findall(PATTERN, text):
             if word not in self.known:
+                self.known = {} if len(self.known) > 2**17 else self.known
                 self.known[word] = self.encode_word(word)
             ids += self.known[word]
         return ids
@@ -55,10 +60,8 @@ class BytePairTokenizer:
     def encode_word(self, word: str) -> list[int]:
         """Apply the merges, the one that was learned first before all others."""
         ids = to_ids(word)
-        while len(ids) > 1:
-            pair = min(pairwise(ids), key=lambda pair: self.rank.get(pair, len(self.rank)))
-            if pair not in self.rank:
-                break
+        while pairs := self.rank.keys() & {*pairwise(ids)}:
+            pair = min(pairs, key=self.rank.get)
             ids = merge(ids, pair, 256 + self.rank[pair])
         return ids
 
@@ -88,10 +91,9 @@ def merge(ids: list[int], pair: Pair, new: int) -> list[int]:
 
 
 def learn(text: str, vocab_size: int) -> list[Pair]:
-    """Learn merges until there are `vocab_size` tokens.
+    """Learn merges until there are `vocab_size` tokens; of equally frequent pairs, the smallest.
 
-    Only the words that contain a pair change when it is merged, so only their pairs are counted
-    again. Of pairs that are equally frequent, the one with the smallest ids is merged first.
+    Only the words that contain a pair change when it is merged: only those are counted again.
     """
     words = [(to_ids(word), count) for word, count in Counter(re.findall(PATTERN, text)).items()]
     counts: Counter[Pair] = Counter()
@@ -100,9 +102,8 @@ def learn(text: str, vocab_size: int) -> list[Pair]:
         for pair in pairwise(ids):
             counts[pair] += count
             words_with[pair].add(i)
-    queue = [(-count, pair) for pair, count in counts.items()]
+    merges, queue = [], [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(queue)
-    merges: list[Pair] = []
     while queue and 256 + len(merges) < vocab_size:
         count, pair = heapq.heappop(queue)
         if -count != counts[pair]:  # outdated: the right count is also in the queue
@@ -111,12 +112,12 @@ def learn(text: str, vocab_size: int) -> list[Pair]:
         changed: Counter[Pair] = Counter()
         for i in words_with.pop(pair):
             ids, count = words[i]
-            changed.subtract({each: count * n for each, n in Counter(pairwise(ids)).items()})
-            ids = merge(ids, pair, 255 + len(merges))
+            for each in pairwise(ids):
+                changed[each] -= count
+            words[i] = ids, count = merge(ids, pair, 255 + len(merges)), count
             for each in pairwise(ids):
                 changed[each] += count
                 words_with[each].add(i)
-            words[i] = (ids, count)
         for each, difference in changed.items():
             counts[each] += difference
             if difference and counts[each]:
@@ -125,7 +126,7 @@ def learn(text: str, vocab_size: int) -> list[Pair]:
 
 
 def main() -> None:
-    from prepare import prepare, report  # imported here because prepare.py imports this file
+    from prepare import prepare, refuse_taken, report  # here because prepare.py imports this file
 
     parser = Parser(__doc__)
     parser.add_argument("--data", type=path_of, metavar="TEXT", help="a UTF-8 text to learn from")
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=path_of, required=True, metavar="DIR", help="new folder")
     options = parser.parse_args()
 
+    refuse_taken(options.out)
     path = options.data or default_corpus()
     if path.is_dir():
         raise UserError(f"{path} is a folder: pass a UTF-8 text as --data")

@@ -162,9 +162,7 @@ def main() -> None:
     else:
         rows, warning, failed = trained_rows(options, corpus)
     for row in rows:
-        has_text = row.runs[0].about["corpus"]["sha256"] == corpus.sha256
-        own = corpus if has_text else open_corpus(text_of(row.runs))
-        row.ensemble_loss = ensemble_loss(row.finished, own)
+        row.ensemble_loss = ensemble_loss(row.finished, corpus)
     if rows:
         out = options.out or default_folder(corpus, options)
         show(rows, warning, corpus, settings, out)

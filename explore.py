@@ -54,7 +54,7 @@ def pack_model(
         **byte_pairs(tokenizer),
         "corpus": checkpoint["corpus"]["name"],
         "passage": passage(checkpoint["corpus"]["path"], tokenizer, model.block_size),
-        "valLoss": checkpoint["val_loss"],
+        "valLoss": checkpoint["val_loss"] / checkpoint["corpus"].get("characters_per_token", 1),
         "step": checkpoint["step"],
         "parameters": checkpoint["parameters"],
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},

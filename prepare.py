@@ -43,6 +43,7 @@ ID_DTYPE = np.dtype("<u2")  # a token id in the files: two bytes, little-endian
 MAX_VOCABULARY = 2**16  # largest vocabulary that two-byte ids allow
 CODE_POINTS = 0x110000  # size of Unicode's code space
 CHUNK_BYTES = 2**16  # fits in the CPU's cache
+WHITE_SPACE = "".join(map(chr, range(33))) + "\x7f"
 WORK = 2**20  # characters that a process encodes at a time
 
 
@@ -152,7 +153,8 @@ def encode_words(
         pool = None
         while batch := list(itertools.islice(pieces, 4 * (os.cpu_count() or 1))):
             if len(batch) > 2 and not pool:
-                workers = get_context("spawn").Pool(initializer=keep, initargs=(tokenizer,))
+                cores = min(os.cpu_count() or 1, 60)  # Windows cannot wait for more
+                workers = get_context("spawn").Pool(cores, start_worker, (tokenizer,))
                 pool = stack.enter_context(workers)
             keep(tokenizer)
             texts = [text for _, text in batch]
@@ -168,6 +170,8 @@ def whole_words(chunks: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str,
             text += codes.tobytes().decode("utf-32-le")
             if len(text) >= WORK:
                 end = last_border(text)
+                if not end and len(text) >= 16 * WORK:  # this cuts a word
+                    end = len(text)
                 yield name, text[:end]
                 text = text[end:]
         yield name, text
@@ -175,12 +179,17 @@ def whole_words(chunks: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str,
 
 def last_border(text: str) -> int:
     """Where white space begins for the last time: no token crosses this border."""
-    match = re.search(r"[\x00-\x20\x7f]+[^\x00-\x20\x7f]*$", text)
-    return match.start() if match else 0
+    end = max(map(text.rfind, WHITE_SPACE))
+    return len(text[: end + 1].rstrip(WHITE_SPACE))
 
 
 def encode(text: str) -> np.ndarray:
     return np.array(TOKENIZER.encode(text), ID_DTYPE)
+
+
+def start_worker(tokenizer: BytePairTokenizer) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    keep(tokenizer)
 
 
 def keep(tokenizer: BytePairTokenizer) -> None:

@@ -1,11 +1,12 @@
 """The loss of an ensemble: the predictions of several runs, averaged."""
 
 import math
+from pathlib import Path
 
 from trainer import UserError
 from comparison.runs import TrainedRun
 from sample import load
-from trainer.corpus import Corpus
+from trainer.corpus import Corpus, open_corpus
 from trainer.evaluate import windows
 
 import torch
@@ -18,6 +19,10 @@ def ensemble_loss(runs: list[TrainedRun], corpus: Corpus) -> float | None:
     if len(runs) < 2:
         return None
     try:
+        if runs[0].about["corpus"]["sha256"] != corpus.sha256:  # the same text in other tokens
+            corpus = open_corpus(Path(runs[0].about["corpus"]["path"]))
+            if runs[0].about["corpus"]["sha256"] != corpus.sha256:
+                return None
         log_probs = [target_log_probs(run, corpus) for run in runs]
     except UserError:  # such as a script that has changed since
         return None

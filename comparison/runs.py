@@ -70,7 +70,9 @@ class TrainedRun:
         preset = min(changed, key=lambda name: len(changed[name]))
         start = self.about["init_from"] and f"--init-from {self.about['init_from']}"
         resumed = [f"(resumed with {name})" for name in self.about["changed_on_resume"]]
-        flags = [preset and f"--preset {preset}", *changed[preset], start, *resumed]
+        has_tokens = isinstance(self.about.get("vocabulary"), list)  # of bpe.py
+        tokens = has_tokens and f"({self.config['vocab_size']} tokens)"
+        flags = [preset and f"--preset {preset}", *changed[preset], tokens, start, *resumed]
         return tuple(filter(None, flags))
 
     @property
@@ -104,12 +106,13 @@ def read_run(folder: Path) -> TrainedRun:
                 row[name] /= about["corpus"].get("characters_per_token", 1)
         run = TrainedRun(folder, about, rows)
         numbers = [about["parameters"], run.config["max_iters"], run.seed, *rows[-1].values()]
-        texts = [run.stage, about["corpus"]["sha256"], about["corpus"]["name"], run.key[-1]]
+        texts = [run.stage, about["corpus"]["sha256"], run.text, about["corpus"]["name"]]
+        texts.append(run.key[-1])
         if not all(map(math.isfinite, numbers)) or not all(isinstance(x, str) for x in texts):
             raise ValueError
     except OSError as error:
         raise UserError(f"{folder} is not a run: cannot read {error.filename}") from None
-    except (ValueError, LookupError, TypeError, RecursionError):  # depends on the damage
+    except (ArithmeticError, AttributeError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"the run {folder} is damaged, or from an older version") from None
     return run
 

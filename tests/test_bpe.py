@@ -1,6 +1,8 @@
 """Byte-pair encoding: the same merges and ids as the tokenizers library, and everything after."""
 
+import csv
 import json
+import time
 from pathlib import Path
 
 import prepare
@@ -11,7 +13,7 @@ from trainer.corpus import open_corpus
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +22,7 @@ TEXTS = {
     "source code": PLAY,
     "Chinese": "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏" * 3 + "天地 宇宙，日月。\n" * 40,
     "emoji": "😀😃😄 hello 👩‍👩‍👧‍👦 wow 😀😀 \u00a0\u3000 e\u0301 " * 20,
+    "long words": f"{'abc' * 50} {'1' * 200}{'!' * 99}{' ' * 150}end",
     "repetition": "aaaaaaaa aaaa aaa aaaaaaaaaaaaa bababab ababab    \t\t\n\n\n\n 1111111 ......",
 }
 
@@ -117,10 +120,19 @@ def test_a_run_on_tokens(folder, small_run, run, tmp_path):
         "sample", "one", "--prompt", "def ", "--sample-length", 20, "--temperature", 0
     )
     assert (code, output) == (0, f"def {text}\n")
-    assert small_run("gpt", "--resume", "--out", "one", "--max-iters", 25)[0] == 0
+    assert small_run("gpt", "--data", folder, "--seed", 2, "--out", "more")[0] == 0
     assert small_run("gpt", "--data", "play.txt", "--out", "two")[0] == 0
-    code, output, errors = run("compare", "one", "two", "--sample-length", 10, "--out", "both")
+    flags = ["one", "two", "more", "--sample-length", 10, "--out", "both"]
+    code, output, errors = run("compare", *flags)
     assert (code, errors) == (0, "")
+    with (tmp_path / "both" / "table.csv").open(encoding="utf-8", newline="") as file:
+        tokens, characters = csv.DictReader(file)
+    assert tokens["run"] == f"{characters['run']} (300 tokens)"
+    losses = [min(row[2] for row in table(tmp_path / name)) for name in ("one", "more")]
+    per_character = sum(losses) / 2 / about["corpus"]["characters_per_token"]
+    loss = float(tokens["validation loss"].split()[0])
+    assert abs(loss - per_character) < 0.001
+    assert float(tokens["ensemble loss"]) <= loss
     assert record(model, torch.tensor([tokenizer.encode("def ")]))["logits"].shape[-1] == 300
 
 
@@ -134,3 +146,23 @@ def test_runs_with_other_tokens_do_not_fit(folder, small_run, run):
         code, _, errors = run(*command.split())
         assert (code, errors.count("\n")) == (2, 1), errors
         assert complaint in errors
+
+
+def test_pieces_end_at_white_space_however_long():
+    text = "x" + " " * 10**6 + "a b c"
+    began = time.perf_counter()
+    assert prepare.last_border(text) == len(text) - 2
+    assert prepare.last_border(text[:-4]) == 1
+    assert prepare.last_border("none") == prepare.last_border("  none") == 0
+    assert time.perf_counter() - began < 10  # and not hours
+
+
+@pytest.mark.parametrize(
+    "merges", [[[-1, 5]], [[0, 256]], [[0]], [["a", "b"]], 5, [[0, 0]] * 2**16]
+)
+def test_damaged_merges_are_refused(merges, folder, run):
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").write_text(json.dumps(meta | {"vocabulary": merges}), encoding="utf-8")
+    code, _, errors = run("gpt", "--data", folder)
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert "is not a usable prepared text" in errors

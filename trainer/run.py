@@ -147,9 +147,9 @@ class Run:
             return
         best, plan, model = self.history.best, self.plan, type(self.model)(self.config)
         bits = best["val_loss"] / math.log(2) / plan.corpus.characters_per_token
-        loss = f"{best['val_loss']:.4f} ({bits:.3f} bits per character)"
+        loss = f"{best['val_loss']:.4f}{' per token' * (self.unit == 'tokens')}"
         when = f"step {best['step']} after {best['seconds']:.1f} s"
-        say(f"* best validation loss {loss} at {when}")
+        say(f"* best validation loss {loss} ({bits:.3f} bits per character) at {when}")
         if self.step > self.first_step:
             seconds = self.computing / (self.step - self.first_step)
             speed = self.config.batch_size * self.config.block_size / seconds
