@@ -175,6 +175,7 @@ function decode(run, ids) {
   return new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes);
 }
 
+const nounOf = (run) => (run.merges ? "token" : "character");
 const tokenAt = (position) => state.run.vocabulary[state.shown.ids[position]];
 const tokens = () => state.shown.ids.map((_, i) => tokenAt(i));
 
@@ -221,7 +222,7 @@ async function showLoss(isStale) {
   const { run, shown, trace } = state;
   const loss = meanLoss(trace.losses);
   let words = `Loss ${number(loss)} nats (${number(bits(loss))} bits) per character`;
-  if (shown.ids.length < 2) words = "The loss needs at least two characters";
+  if (shown.ids.length < 2) words = `The loss needs at least two ${nounOf(run)}s`;
   else if (run.off.size) {
     const change = loss - meanLoss(await ask(run, "losses", { off: [] }));
     if (isStale()) return;
@@ -254,7 +255,7 @@ function drawRun() {
   const { run } = state;
   find("#title").textContent = `Explore ${run.name}`;
   find("#facts").textContent =
-    `${run.stage}.py, ${plural(run.parameters, "parameter")}, context of ${plural(run.blockSize, "character")}; ` +
+    `${run.stage}.py, ${plural(run.parameters, "parameter")}, context of ${plural(run.blockSize, nounOf(run))}; ` +
     `trained on ${run.corpus} for ${plural(run.step, "step")}, validation loss ${number(run.valLoss)}.`;
   find("#attention-panel").hidden = find("#heads-panel").hidden = !run.attentions.length;
   find("#lens-panel").hidden = !run.layers.length;

@@ -97,7 +97,7 @@ function drawText() {
     return { token: tokenAt(i), color: mix("heat", bits(loss ?? 0) / STRONGEST), words };
   }, "option");
   if (state.position === shown.ids.length - 1) find("#characters").scrollTop = find("#characters").scrollHeight;
-  const words = `Only the last ${plural(shown.ids.length, "character")} are shown: more do not fit the model's context.`;
+  const words = `Only the last ${plural(shown.ids.length, nounOf(state.run))} are shown: more do not fit the model's context.`;
   find("#cut").textContent = shown.start ? words : "";
   for (const each of all(".undo")) each.disabled = !past.length;
 }
@@ -122,6 +122,7 @@ function makeBars(box, choose) {
 
 function drawBars(box, probabilities, chosen, words) {
   const ids = ranking(probabilities).slice(0, ALTERNATIVES);
+  box.style.setProperty("--token", state.run.longest > 1 ? "9rem" : "3.2rem");
   if (chosen >= 0 && !ids.includes(chosen)) ids.push(chosen);
   [...box.children].forEach((button, i) => {
     const id = ids[i];
@@ -145,7 +146,7 @@ function drawAlternatives() {
   });
   const hasAny = position > 0;
   find("#alternatives-title").textContent =
-    hasAny ? `Instead of character ${position + 1}, ${quoted(tokenAt(position))}` : "Alternatives";
+    hasAny ? `Instead of ${nounOf(state.run)} ${position + 1}, ${quoted(tokenAt(position))}` : "Alternatives";
   find("#no-alternatives").hidden = hasAny;
   const logits = hasAny ? rowOf(trace.logits, run.vocabulary.length, position - 1) : [];
   drawBars(find("#alternatives"), softmax(logits), hasAny ? shown.ids[position] : -1, ", in the text");
