@@ -136,6 +136,18 @@ def test_a_run_on_tokens(folder, small_run, run, tmp_path):
     assert record(model, torch.tensor([tokenizer.encode("def ")]))["logits"].shape[-1] == 300
 
 
+def test_an_export_has_the_same_tokens(folder, small_run, run, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors")
+    assert small_run("gpt", "--data", folder, "--out", "one")[0] == 0
+    assert run("export", "one", "--out", "exported")[::2] == (0, "")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "exported" / "tokenizer.json"))
+    ours = open_corpus(folder).tokenizer
+    for text in TEXTS.values():
+        assert theirs.encode(text).ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+
+
 def test_runs_with_other_tokens_do_not_fit(folder, small_run, run):
     assert small_run("gpt", "--data", folder, "--out", "one")[0] == 0
     for command, complaint in (

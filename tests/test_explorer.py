@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import explore
+from bpe import BytePairTokenizer, learn
 from common import LanguageModel, Tokenizer
 from explorer.hooks import off, record, replace
 from explorer.steps import describe
@@ -212,6 +213,20 @@ def test_a_script_of_ones_own(old, new, tmp_path, open_page):
     text = random_text(tokenizer, 24)
     wanted = record(model, ids_of(tokenizer, text))
     assert difference(trace(page, text)["logits"], wanted["logits"][0]) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_model_that_reads_tokens(open_page):
+    text = "ROMEO: Hello, wörld 天地 😀  two lines\n\nand the end of the world\n" * 3
+    tokenizer = BytePairTokenizer(learn(text, 300))
+    stage = importlib.import_module("gpt")
+    model = stage.Model(stage.Config(**TINY, vocab_size=len(tokenizer.vocabulary))).eval()
+    randomize(model)
+    page = open_page(explore.pack_model(model, tokenizer, "tokens", OWN | {"stage": "gpt"}))
+    for each in (text[:60], "another 地 wörld", "a"):
+        idx = ids_of(tokenizer, each)[:, -model.block_size :]
+        last = page.evaluate("(text) => explorer.logits(explorer.models[0], text)", each)
+        assert difference(last, model(idx)[0][0, -1].detach()) < TOLERANCE
 
 
 @pytest.mark.parametrize(
