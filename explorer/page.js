@@ -2,7 +2,7 @@
 //
 // All panels are drawn from one state. When the text, the model or its parts change, `refresh`
 // computes everything again; when only the selected position changes, `drawSelection` is enough.
-// The panels are in text.js, attention.js and inside.js.
+// Tokens are in tokens.js; the panels are in text.js, attention.js and inside.js.
 
 "use strict";
 
@@ -13,10 +13,8 @@ const runs = JSON.parse(find("#models").textContent).map((about, index) => ({
   ...about, // steps, parts, layers, blockSize, vocabulary, …, as explore.py describes them
   index,
   off: new Set(), // the parts that are switched off
-  tokenIds: new Map(about.vocabulary.map((token, id) => [token, id])),
-  longest: about.vocabulary.reduce((most, token) => Math.max(most, [...token].length), 1),
+  ...tokensOf(about),
   attentions: about.steps.filter((step) => step.kind === "attention"),
-  ranks: new Map(about.merges?.map((pair, i) => [pair.join(" "), i])),
 }));
 
 const state = {
@@ -51,7 +49,8 @@ function glyph(token) {
   const shown = [...token].map((each) => {
     if (each in signs) return signs[each];
     if (!/[\p{C}\p{Z}]/u.test(each)) return each;
-    return `U+${each.codePointAt(0).toString(16).toUpperCase()}`;
+    const code = each.codePointAt(0).toString(16).toUpperCase();
+    return /\p{Cs}/u.test(each) ? `‹${code.slice(2)}›` : `U+${code}`; // a byte, see tokens.js
   });
   return (/^\p{M}/u.test(token) ? "◌" : "") + shown.join("");
 }
@@ -132,47 +131,6 @@ function latest(work) {
     else running = repeat();
     return running;
   };
-}
-
-// Token ids of a text: at each point the longest token of the vocabulary, or bpe.py's byte pairs.
-function encode(run, text) {
-  if (run.merges) return { ids: bytePairs(run, text), unknown: [] };
-  const [ids, unknown, characters] = [[], new Set(), [...text]];
-  for (let i = 0, length; i < characters.length; i += length || 1) {
-    length = Math.min(run.longest, characters.length - i);
-    const token = () => characters.slice(i, i + length).join("");
-    while (length && !run.tokenIds.has(token())) length -= 1;
-    if (length) ids.push(run.tokenIds.get(token()));
-    else unknown.add(characters[i]);
-  }
-  return { ids, unknown: [...unknown] };
-}
-
-// In each word, merge the pair that was learned first, until none is left.
-function bytePairs(run, text) {
-  return (text.match(new RegExp(run.pattern, "gu")) ?? []).flatMap((word) => {
-    let ids = [...new TextEncoder().encode(word)].map((byte) => run.bytes.indexOf(byte));
-    for (;;) {
-      const ranks = ids.map((id, i) => run.ranks.get(`${id} ${ids[i + 1]}`) ?? Infinity);
-      const rank = Math.min(...ranks);
-      if (rank === Infinity) return ids;
-      const merged = [];
-      for (let i = 0; i < ids.length; i++) {
-        const isPair = ranks[i] === rank;
-        merged.push(isPair ? run.bytes.length + rank : ids[i]);
-        if (isPair) i += 1;
-      }
-      ids = merged;
-    }
-  });
-}
-
-function decode(run, ids) {
-  if (!run.merges) return ids.map((id) => run.vocabulary[id]).join("");
-  const bytesOf = (id) =>
-    id < run.bytes.length ? [run.bytes[id]] : run.merges[id - run.bytes.length].flatMap(bytesOf);
-  const bytes = Uint8Array.from(ids.flatMap(bytesOf));
-  return new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes);
 }
 
 const nounOf = (run) => (run.merges ? "token" : "character");
@@ -316,10 +274,9 @@ function publish(loaded) {
     off: (model, part) => switchPart(runOf(model), part, false),
     on: (model, part) => switchPart(runOf(model), part, true),
     async generate(model, text, count, settings = {}) {
-      let added = "";
-      const run = runOf(model);
-      for await (const token of continuation(run, idsOf(run, text), count, settings)) added += token;
-      return added;
+      const [run, added] = [runOf(model), []];
+      for await (const id of continuation(run, idsOf(run, text), count, settings)) added.push(id);
+      return decode(run, added);
     },
   };
 }

@@ -122,7 +122,7 @@ function makeBars(box, choose) {
 
 function drawBars(box, probabilities, chosen, words) {
   const ids = ranking(probabilities).slice(0, ALTERNATIVES);
-  box.style.setProperty("--token", state.run.longest > 1 ? "9rem" : "3.2rem");
+  box.style.setProperty("--token", state.run.merges ? "9rem" : "3.2rem");
   if (chosen >= 0 && !ids.includes(chosen)) ids.push(chosen);
   [...box.children].forEach((button, i) => {
     const id = ids[i];
@@ -160,7 +160,10 @@ function branch(id) {
   changeText(decode(run, [...kept, id]), "branch");
 }
 
-const appendToken = (id, kind) => changeText(state.text + state.run.vocabulary[id], kind);
+function appendToken(id, kind) {
+  const { run, text } = state;
+  return changeText(decode(run, [...encode(run, text).ids, id]), kind);
+}
 
 function settings() {
   const [temperature, topK] = [+find("#temperature").value, +find("#top-k").value];
@@ -223,14 +226,14 @@ function drawPlay() {
   find("#loss").setAttribute("aria-live", state.playing ? "off" : "polite");
 }
 
-// A run's continuation of some tokens, in a session of its own.
+// The tokens with which a run continues some others, in a session of its own.
 async function* continuation(run, start, count, { temperature = 1, topK = 0, seed = 1 }) {
   const ids = start.length ? [...start] : prompt(run, "");
   const purpose = `continuation ${lastId}`;
   for (let i = 0; i < count; i++) {
     const { id } = await ask(run, "next", { ids, temperature, topK, seed, purpose });
     ids.push(id);
-    yield run.vocabulary[id];
+    yield id;
   }
 }
 
@@ -251,11 +254,22 @@ const compare = latest(async (isStale) => {
     const words = `${number(bits(left[i]), 2)} − ${number(bits(right[i]), 2)} = ${number(difference, 2)} bits`;
     return { token: first.vocabulary[a.ids[i]], color: diverging(difference / FULL_DIFFERENCE, "heat", "cold"), words };
   });
-  const [total, other] = [left, right].map((losses) => bits(sum(losses)));
+  const [total, other] = totals(pair, [a.ids, b.ids], [left, right]);
   find("#totals").textContent = b.unknown.length
     ? `${second.name} does not know ${b.unknown.map(quoted).join(" ")}.`
     : `${first.name}: ${number(total, 1)} bits. ${second.name}: ${number(other, 1)} bits. Difference: ${number(total - other, 1)} bits.`;
 });
+
+// Each run's bits for the same part of a text. Nothing predicts the first token, and runs may cut
+// the text differently, so this part begins at the first border that both have.
+function totals(pair, ids, losses) {
+  const ends = pair.map((run, i) => {
+    let end = 0;
+    return ids[i].map((id) => (end += bytesOf(run.vocabulary[id]).length));
+  });
+  const border = ends[0].find((end) => ends[1].includes(end));
+  return losses.map((each, i) => bits(sum(each.filter((_, t) => ends[i][t] > border))));
+}
 
 // The same prompt, seed, temperature and top-k for all runs, side by side.
 async function continueAll() {
@@ -266,7 +280,14 @@ async function continueAll() {
     const prompted = h("pre", {}, h("span", { className: "quiet" }, text), added);
     find("#continuations").append(h("article", {}, h("h3", {}, run.name), prompted));
     const { ids, unknown } = encode(run, text);
-    if (unknown.length) added.textContent = `\n(does not know ${unknown.map(quoted).join(" ")})`;
-    else for await (const token of continuation(run, ids, CONTINUED, settings())) added.append(token);
+    if (unknown.length) {
+      added.textContent = `\n(does not know ${unknown.map(quoted).join(" ")})`;
+      return;
+    }
+    const next = [];
+    for await (const id of continuation(run, ids, CONTINUED, settings())) {
+      next.push(id);
+      added.textContent = decode(run, next);
+    }
   }));
 }

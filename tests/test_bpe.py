@@ -67,9 +67,8 @@ def test_samples_may_contain_invalid_bytes():
     tokenizer = BytePairTokenizer([])
     ids = tokenizer.encode("é€")
     assert "".join(tokenizer.stream(ids)) == "é€"
-    assert (
-        "".join(tokenizer.stream([*ids[:-1], *tokenizer.encode("a"), ids[0]])) == "é\ufffda\ufffd"
-    )
+    damaged = [*ids[:-1], *tokenizer.encode("a"), ids[0]]
+    assert "".join(tokenizer.stream(damaged)) == "é\ufffda\ufffd"
 
 
 def test_learning_merges_by_hand():
@@ -90,10 +89,8 @@ def folder(run, tmp_path: Path) -> Path:
 def test_both_splits_are_the_same_text_as_of_characters(folder, tmp_path):
     tokens, characters = open_corpus(folder), open_corpus(tmp_path / "play.txt")
     for name in ("train", "validation"):
-        texts = [
-            each.tokenizer.decode(getattr(each, name).tolist()) for each in (tokens, characters)
-        ]
-        assert texts[0] == texts[1]
+        ours, theirs = (x.tokenizer.decode(vars(x)[name].tolist()) for x in (tokens, characters))
+        assert ours == theirs
     assert tokens.text == characters.text
     assert tokens.characters_per_token == len(characters.validation) / len(tokens.validation)
     assert characters.characters_per_token == 1
@@ -116,9 +113,8 @@ def test_a_run_on_tokens(folder, small_run, run, tmp_path):
     assert about["config"]["vocab_size"] == 300
     model, tokenizer = load(tmp_path / "one", "cpu")
     text = "".join(generate(model, tokenizer, "def ", 20, temperature=0))
-    code, output, _ = run(
-        "sample", "one", "--prompt", "def ", "--sample-length", 20, "--temperature", 0
-    )
+    flags = ["--prompt", "def ", "--sample-length", 20, "--temperature", 0]
+    code, output, _ = run("sample", "one", *flags)
     assert (code, output) == (0, f"def {text}\n")
     assert small_run("gpt", "--data", folder, "--seed", 2, "--out", "more")[0] == 0
     assert small_run("gpt", "--data", "play.txt", "--out", "two")[0] == 0

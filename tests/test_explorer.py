@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import random
 import sys
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import explore
-from bpe import BytePairTokenizer, learn
+from bpe import BYTES, BytePairTokenizer, learn
 from common import LanguageModel, Tokenizer
 from explorer.hooks import off, record, replace
 from explorer.steps import describe
@@ -227,6 +228,21 @@ def test_a_model_that_reads_tokens(open_page):
         idx = ids_of(tokenizer, each)[:, -model.block_size :]
         last = page.evaluate("(text) => explorer.logits(explorer.models[0], text)", each)
         assert difference(last, model(idx)[0][0, -1].detach()) < TOLERANCE
+    append, plain = "(id) => appendToken(id, 'next')", [BYTES.index(x) for x in " 天é".encode()]
+    page.fill("#input", "an")
+    for i in plain:
+        page.evaluate(append, i)
+        assert page.evaluate(
+            "String(encode(state.run, state.text).ids) === String(state.shown.ids)"
+        )
+    assert page.input_value("#input") == "an 天é"
+    page.evaluate(append, plain[-2])
+    assert page.locator("#characters .character").last.inner_text() == "‹C3›"
+    ids = [tokenizer.encode("the world"), [BYTES.index(byte) for byte in b"the world"]]
+    losses = [[math.log(2)] * len(each) for each in ids]
+    totals = "([ids, losses]) => totals([runs[0], runs[0]], ids, losses)"
+    found = page.evaluate(totals, [ids, losses])
+    assert found == pytest.approx([len(ids[0]) - 1, 9 - len(tokenizer.tokens[ids[0][0]])])
 
 
 @pytest.mark.parametrize(
