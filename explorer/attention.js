@@ -15,10 +15,14 @@ class Grid {
     this.cursor = h("div", { className: "cursor", hidden: true });
     box.append(h("div", { className: "frame" }, this.canvas, this.cursor));
     const visit = (event, act) => {
-      const [row, column] = [event.offsetY - this.top, event.offsetX - this.left].map((x) => Math.floor(x / this.cell));
+      const [row, column] = [event.offsetY - this.top, event.offsetX - this.left].map((x) =>
+        Math.floor(x / this.cell),
+      );
       if (this.has(row, column)) act(row, column);
     };
-    this.canvas.onpointermove = (event) => { if (event.pointerType !== "touch") visit(event, move); };
+    this.canvas.onpointermove = (event) => {
+      if (event.pointerType !== "touch") visit(event, move);
+    };
     this.canvas.onclick = (event) => visit(event, choose);
     this.canvas.onkeydown = (event) => {
       const [down, right] = ARROWS[event.key] ?? [0, 0];
@@ -62,7 +66,12 @@ class Grid {
   point(row, column) {
     Object.assign(this, { row, column });
     this.cursor.hidden = !this.has(row, column);
-    const box = { left: this.left + column * this.cell, top: this.top + row * this.cell, width: this.cell, height: this.cell };
+    const box = {
+      left: this.left + column * this.cell,
+      top: this.top + row * this.cell,
+      width: this.cell,
+      height: this.cell,
+    };
     for (const [name, value] of Object.entries(box)) this.cursor.style[name] = `${value}px`;
   }
 }
@@ -72,16 +81,25 @@ let keyPosition = 0; // under the cursor of the map
 let scores = null; // of the selected head: every query with every key
 
 function startAttention() {
-  map = new Grid(find("#map"), "Attention map: rows are queries, columns are keys", pointAt, (row, column) => {
-    pointAt(row, column);
-    const name = state.view === "weights" ? "weights" : "scores";
-    followCell({ step: stepOfLayer(state.layer), name, channel: column });
-  });
+  map = new Grid(
+    find("#map"),
+    "Attention map: rows are queries, columns are keys",
+    pointAt,
+    (row, column) => {
+      pointAt(row, column);
+      const name = state.view === "weights" ? "weights" : "scores";
+      followCell({ step: stepOfLayer(state.layer), name, channel: column });
+    },
+  );
   find("#layer").onchange = ({ target }) => chooseHead(+target.value, 0);
   for (const name of ["#head", "#vector-head"]) {
     find(name).onchange = ({ target }) => chooseHead(state.layer, +target.value);
   }
-  for (const each of all("[name=view]")) each.onchange = () => { state.view = each.value; drawMap(); };
+  for (const each of all("[name=view]"))
+    each.onchange = () => {
+      state.view = each.value;
+      drawMap();
+    };
   find("#arcs").onkeydown = (event) => {
     if (!(event.key in ARROWS)) return;
     event.preventDefault();
@@ -135,11 +153,17 @@ function drawAttention() {
 
 // For each layer and head, a button that selects it.
 function headButtons(make) {
-  return state.run.attentions.map(({ heads }, layer) => [...Array(heads).keys()].map((head) => {
-    const isChosen = layer === state.layer && head === state.head;
-    const properties = { type: "button", "aria-label": `Layer ${layer}, head ${head}`, "aria-pressed": isChosen };
-    return make(layer, head, h("button", { ...properties, onclick: () => chooseHead(layer, head) }));
-  }));
+  return state.run.attentions.map(({ heads }, layer) =>
+    [...Array(heads).keys()].map((head) => {
+      const isChosen = layer === state.layer && head === state.head;
+      const properties = {
+        type: "button",
+        "aria-label": `Layer ${layer}, head ${head}`,
+        "aria-pressed": isChosen,
+      };
+      return make(layer, head, h("button", { ...properties, onclick: () => chooseHead(layer, head) }));
+    }),
+  );
 }
 
 // Replace what is in a box; the button that had the focus has it again.
@@ -159,11 +183,19 @@ function drawThumbnails() {
     button.append(canvas);
     return button;
   });
-  replaceAll(find("#thumbnails"), layers.map((buttons, layer) => {
-    const row = h("div", { className: "layer" }, h("span", { className: "quiet" }, `layer ${layer}`), ...buttons);
-    row.style.setProperty("--heads", buttons.length);
-    return row;
-  }));
+  replaceAll(
+    find("#thumbnails"),
+    layers.map((buttons, layer) => {
+      const row = h(
+        "div",
+        { className: "layer" },
+        h("span", { className: "quiet" }, `layer ${layer}`),
+        ...buttons,
+      );
+      row.style.setProperty("--heads", buttons.length);
+      return row;
+    }),
+  );
 }
 
 function drawPixels(context, weights, T) {
@@ -197,7 +229,9 @@ function paintMap(value) {
   const T = shown.ids.length;
   if (!T) return;
   const isBlank = (row, column) => view !== "raw" && column > row;
-  const cells = shown.ids.flatMap((_, row) => shown.ids.map((_, column) => (isBlank(row, column) ? 0 : value(row, column))));
+  const cells = shown.ids.flatMap((_, row) =>
+    shown.ids.map((_, column) => (isBlank(row, column) ? 0 : value(row, column))),
+  );
   const most = view === "weights" ? 1 : highest(cells.map(Math.abs)) || 1;
   const color = (row, column) => {
     if (isBlank(row, column)) return null;
@@ -227,7 +261,9 @@ function describePair() {
   find("#pair").textContent =
     `Query ${where(position)}, key ${where(keyPosition)}: ` +
     (scores ? `score ${number(scores[position][keyPosition])}, ` : "") +
-    (keyPosition > position ? "masked, because it is in the future." : `weight ${weight}. Click or press Enter to see how it is computed.`);
+    (keyPosition > position
+      ? "masked, because it is in the future."
+      : `weight ${weight}. Click or press Enter to see how it is computed.`);
 }
 
 function svg(tag, attributes, ...children) {
@@ -252,14 +288,18 @@ function drawArcs() {
   });
   const texts = tokens().map((token, i) => {
     const text = svg("text", { x: x(i), y: BASE + 17, class: i === position ? "query" : "" }, glyph(token));
-    text.onpointerenter = ({ pointerType }) => { if (pointerType !== "touch") select(i); };
+    text.onpointerenter = ({ pointerType }) => {
+      if (pointerType !== "touch") select(i);
+    };
     text.onclick = () => select(i);
     return text;
   });
   const best = weights.indexOf(highest(weights)) + 1;
   const label = `Layer ${layer}, head ${head}: position ${position + 1} attends most to position ${best}`;
   const box = find("#arcs");
-  box.replaceChildren(svg("svg", { width: T * STEP, height: BASE + 26, role: "img", "aria-label": label }, ...arcs, ...texts));
+  box.replaceChildren(
+    svg("svg", { width: T * STEP, height: BASE + 26, role: "img", "aria-label": label }, ...arcs, ...texts),
+  );
   if (!box.matches(":hover")) box.scrollLeft = x(position) - box.clientWidth / 2;
 }
 
@@ -277,12 +317,21 @@ function drawHeadScores() {
       cell.style.backgroundColor = mix("cold", score);
       return cell;
     });
-    const row = h("tr", { onclick: () => chooseHead(layer, head) }, h("th", { scope: "row" }, String(layer)), h("td", {}, button), ...cells);
+    const row = h(
+      "tr",
+      { onclick: () => chooseHead(layer, head) },
+      h("th", { scope: "row" }, String(layer)),
+      h("td", {}, button),
+      ...cells,
+    );
     row.classList.toggle("struck", isHeadOff(layer, head));
     row.classList.toggle("chosen", button.getAttribute("aria-pressed") === "true");
     return row;
   });
-  replaceAll(find("#scores"), [h("tr", {}, ...columns.map((each) => h("th", { scope: "col" }, each))), ...rows.flat()]);
+  replaceAll(find("#scores"), [
+    h("tr", {}, ...columns.map((each) => h("th", { scope: "col" }, each))),
+    ...rows.flat(),
+  ]);
   if (!measured) measureInduction();
 }
 
@@ -321,7 +370,10 @@ const measureInduction = latest(async (isStale) => {
   if (isStale() || name !== inductionKey()) return;
   // Position N + i has seen its token at i, so the one that followed is at i + 1.
   const score = (weights) => mean(once.slice(1).map((_, i) => weights[(N + i) * 2 * N + i + 1]));
-  induction.set(name, attention.map((heads) => heads.map(score)));
+  induction.set(
+    name,
+    attention.map((heads) => heads.map(score)),
+  );
   drawHeadScores();
 });
 

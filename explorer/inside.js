@@ -4,7 +4,12 @@
 
 const TERMS = 8; // of a sum of products, the largest; the others are added up
 const VECTORS = ["query", "key", "value", "scores", "weights", "heads", "out"]; // of attention
-const GLOBAL_PARTS = { position_embedding: "position embedding", rope: "RoPE", skips: "skip connections", norms: "norms" };
+const GLOBAL_PARTS = {
+  position_embedding: "position embedding",
+  rope: "RoPE",
+  skips: "skip connections",
+  norms: "norms",
+};
 const SIGNS = { add: "+", mul: "×", sub: "−" };
 const CELL = 18; // pixels of a number in a vector
 
@@ -13,7 +18,8 @@ let vector = []; // what the strip shows
 
 function startInside() {
   strip = new Grid(find("#vector"), "Vector at the selected position", describeCell, (row, column) =>
-    followCell({ ...state.cell, channel: row * strip.columns + column }));
+    followCell({ ...state.cell, channel: row * strip.columns + column }),
+  );
   find("#earlier").onclick = () => select(state.position - 1);
   find("#later").onclick = () => select(state.position + 1);
   roving(find("#lens"), "td", showLensCell, () => state.shown.ids.length);
@@ -50,18 +56,23 @@ function buildDiagram() {
     return element;
   };
   const elements = units.flatMap((unit, u) => {
-    const inputs = unit.steps.flatMap((i) => inputsOf(run.steps[i])).map(({ step }) => units.findIndex(({ steps }) => steps.includes(step)));
+    const inputs = unit.steps
+      .flatMap((i) => inputsOf(run.steps[i]))
+      .map(({ step }) => units.findIndex(({ steps }) => steps.includes(step)));
     const box = placed(drawUnit(unit), u);
     box.classList.toggle("joined", !u || inputs.includes(u - 1));
     const isSkip = unit.steps.some((i) => run.steps[i].skip);
-    const skips = inputs.filter((from) => from >= Math.max(0, u - 3) && from < u - 1)
+    const skips = inputs
+      .filter((from) => from >= Math.max(0, u - 3) && from < u - 1)
       .map((from) => placed(h("div", { className: "skip", "data-parts": isSkip ? "skips" : "" }), from, u));
     const last = units.findLastIndex(({ block }) => block === unit.block);
     const isFirst = unit.block && unit.block !== units[u - 1]?.block;
     const frame = isFirst ? [placed(h("div", { className: "block quiet" }, unit.block), u, last)] : [];
     return [...frame, box, ...skips];
   });
-  const ends = ["characters", "logits of the next character"].map((words) => h("p", { className: "end" }, words));
+  const ends = ["characters", "logits of the next character"].map((words) =>
+    h("p", { className: "end" }, words),
+  );
   find("#diagram").replaceChildren(placed(ends[0], -1), ...elements, placed(ends[1], units.length));
   const globals = run.parts.filter((part) => part in GLOBAL_PARTS);
   find("#switches").replaceChildren(...globals.map((part) => makeSwitch(part, GLOBAL_PARTS[part])));
@@ -74,13 +85,29 @@ function drawUnit({ name, steps }) {
   const part = found.map((step) => step.part).find(Boolean);
   const buttons = found.flatMap((step) => {
     const vectors = VECTORS.filter((each) => each !== "out" || step.out);
-    return step.kind === "attention" ? vectors.map((each) => stepButton(step, each, each)) : [stepButton(step, "out", isOne && name ? name : nameOf(step, name))];
+    return step.kind === "attention"
+      ? vectors.map((each) => stepButton(step, each, each))
+      : [stepButton(step, "out", isOne && name ? name : nameOf(step, name))];
   });
-  const heads = found.filter(({ kind }) => kind === "attention").map((step) => h("span", { className: "heads" }, "heads ",
-    ...[...Array(step.heads).keys()].map((head) => makeSwitch(`${step.module}.head ${head}`, String(head)))));
+  const heads = found
+    .filter(({ kind }) => kind === "attention")
+    .map((step) =>
+      h(
+        "span",
+        { className: "heads" },
+        "heads ",
+        ...[...Array(step.heads).keys()].map((head) =>
+          makeSwitch(`${step.module}.head ${head}`, String(head)),
+        ),
+      ),
+    );
   const toggle = part ? [makeSwitch(part, "")] : [];
-  const title = isOne ? [] : [h("span", { className: "name" }, name), ...toggle, h("span", { className: "break" })];
-  const parts = found.map((step) => step.part ?? (step.skip ? "skips" : step.kind.endsWith("norm") ? "norms" : ""));
+  const title = isOne
+    ? []
+    : [h("span", { className: "name" }, name), ...toggle, h("span", { className: "break" })];
+  const parts = found.map(
+    (step) => step.part ?? (step.skip ? "skips" : step.kind.endsWith("norm") ? "norms" : ""),
+  );
   const box = h("div", { className: "unit" }, ...title, ...buttons, ...(isOne ? toggle : []), ...heads);
   box.dataset.parts = parts.join(" ");
   return box;
@@ -88,11 +115,15 @@ function drawUnit({ name, steps }) {
 
 function nameOf(step, unit) {
   const last = step.module.split(".").at(-1);
-  return step.kind === "linear" && last !== unit ? last : SIGNS[step.kind] ?? step.kind;
+  return step.kind === "linear" && last !== unit ? last : (SIGNS[step.kind] ?? step.kind);
 }
 
 function stepButton({ i, module }, name, words) {
-  const button = h("button", { type: "button", className: "step", "aria-label": `${module} ${words}` }, words);
+  const button = h(
+    "button",
+    { type: "button", className: "step", "aria-label": `${module} ${words}` },
+    words,
+  );
   Object.assign(button.dataset, { step: i, name });
   button.onclick = () => followCell({ step: i, name, channel: null });
   return button;
@@ -101,7 +132,11 @@ function stepButton({ i, module }, name, words) {
 function makeSwitch(part, words) {
   const { run } = state;
   const onclick = () => switchPart(run, part, run.off.has(part));
-  return h("button", { type: "button", role: "switch", className: "switch", "aria-label": part, "data-parts": part, onclick }, words);
+  return h(
+    "button",
+    { type: "button", role: "switch", className: "switch", "aria-label": part, "data-parts": part, onclick },
+    words,
+  );
 }
 
 // Which parts are off, and which step is selected.
@@ -109,7 +144,10 @@ function drawDiagram() {
   const { run, cell } = state;
   for (const each of all(".switch")) each.setAttribute("aria-checked", !run.off.has(each.dataset.parts));
   for (const each of all(".unit, .skip")) {
-    each.classList.toggle("struck", each.dataset.parts.split(" ").some((part) => run.off.has(part)));
+    each.classList.toggle(
+      "struck",
+      each.dataset.parts.split(" ").some((part) => run.off.has(part)),
+    );
   }
   for (const each of all(".step")) {
     each.setAttribute("aria-pressed", +each.dataset.step === cell.step && each.dataset.name === cell.name);
@@ -144,11 +182,13 @@ const follow = latest(async (isStale) => {
   const values = await vectorOf(cell, position);
   if (isStale() || run !== state.run) return;
   const isLast = cell.step === run.steps.length - 1;
-  const channel = cell.channel ?? (isLast ? shown.ids[position + 1] ?? ranking(values)[0] ?? 0 : 0);
+  const channel = cell.channel ?? (isLast ? (shown.ids[position + 1] ?? ranking(values)[0] ?? 0) : 0);
   vector = [...values];
   const chosen = { ...cell, channel: Math.min(channel, vector.length - 1), position, value: vector[channel] };
   drawVector(chosen);
-  const found = vector.length ? await explain(run, chosen) : { formula: "This part is switched off, so nothing is computed here." };
+  const found = vector.length
+    ? await explain(run, chosen)
+    : { formula: "This part is switched off, so nothing is computed here." };
   if (!isStale() && run === state.run) drawExplanation(found);
 });
 
@@ -182,11 +222,16 @@ function describeCell(row, column) {
   const i = row * strip.columns + column;
   const { heads } = run.steps[cell.step];
   strip.point(row, column);
-  const label = cell.step === run.steps.length - 1 ? quoted(run.vocabulary[i] ?? "")
-    : isOfKeys(cell.name) ? `key ${i + 1} ${quoted(tokenAt(i) ?? "")}`
-    : `${heads && cell.name !== "out" ? `head ${headOf(run, cell.step, i)}, ` : ""}[${i}]`;
+  const label =
+    cell.step === run.steps.length - 1
+      ? quoted(run.vocabulary[i] ?? "")
+      : isOfKeys(cell.name)
+        ? `key ${i + 1} ${quoted(tokenAt(i) ?? "")}`
+        : `${heads && cell.name !== "out" ? `head ${headOf(run, cell.step, i)}, ` : ""}[${i}]`;
   find("#cell").textContent =
-    i in vector ? `${plural(vector.length, "number")}, at most ±${number(highest(vector.map(Math.abs)))}. ${label}: ${number(vector[i])}` : "";
+    i in vector
+      ? `${plural(vector.length, "number")}, at most ±${number(highest(vector.map(Math.abs)))}. ${label}: ${number(vector[i])}`
+      : "";
 }
 
 // How a number is computed: {formula, terms: [[label, left, right, from]], lines: [[label, value, from]]},
@@ -208,39 +253,71 @@ async function explain(run, cell) {
   const at = position - (step.kind === "shift");
   const inputs = await Promise.all(inputsOf(step).map((input) => numberOf(run, input, at, channel)));
   if (step.kind.endsWith("norm")) return explainNorm(run, cell, inputs[0]);
-  const formulas = { add: "a + b", mul: "a × b", sub: "a − b", shift: "the same channel of the previous position" };
+  const formulas = {
+    add: "a + b",
+    mul: "a × b",
+    sub: "a − b",
+    shift: "the same channel of the previous position",
+  };
   const isCut = step.skip && run.off.has("skips");
-  const formula = isCut ? "The skip connection is off: this is the sublayer's output." : formulas[step.kind] ?? `${step.kind}(x)`;
+  const formula = isCut
+    ? "The skip connection is off: this is the sublayer's output."
+    : (formulas[step.kind] ?? `${step.kind}(x)`);
   return { formula, lines: [...inputs, ...lines] };
 }
 
 // One number of an input, as a line of an explanation.
 async function numberOf(run, input, position, channel) {
   if ("number" in input) return ["number", input.number];
-  const values = "tensor" in input ? await ask(run, "numbers", { tensor: input.tensor })
-    : position < 0 ? [0] : (await ask(run, "vectors", { step: input.step, position })).out;
+  const values =
+    "tensor" in input
+      ? await ask(run, "numbers", { tensor: input.tensor })
+      : position < 0
+        ? [0]
+        : (await ask(run, "vectors", { step: input.step, position })).out;
   const i = channel % values.length; // one number may belong to all channels
   if ("tensor" in input) return [`${input.tensor}[${i}]`, values[i]];
   const { module, kind } = run.steps[input.step];
-  return [`${module || kind}[${i}]`, values[i], { step: input.step, name: "out", channel: i, position: Math.max(0, position) }];
+  return [
+    `${module || kind}[${i}]`,
+    values[i],
+    { step: input.step, name: "out", channel: i, position: Math.max(0, position) },
+  ];
 }
 
 // A sum of products: x · weight + bias, or for a head's output, attention weights · values.
 async function explainProducts(run, { step: index, name, channel, position, value }) {
   const step = run.steps[index];
   const isOut = step.kind === "attention" && name === "out";
-  const { x, weights, bias, first = 0 } = await ask(run, "products", { step: index, name, position, channel });
+  const {
+    x,
+    weights,
+    bias,
+    first = 0,
+  } = await ask(run, "products", { step: index, name, position, channel });
   const terms = [...x].map((left, i) => {
-    if (name !== "heads") return [`x[${i}]`, left, weights[i], { step: isOut ? index : step.x.step, name: isOut ? "heads" : "out", channel: i }];
+    if (name !== "heads")
+      return [
+        `x[${i}]`,
+        left,
+        weights[i],
+        { step: isOut ? index : step.x.step, name: isOut ? "heads" : "out", channel: i },
+      ];
     const from = { step: index, name: "value", channel, position: first + i };
     return [`key ${first + i + 1} ${quoted(tokenAt(first + i))}`, left, weights[i], from];
   });
   const total = sum(terms.map(([, left, right]) => left * right)) + bias;
-  const changes = [step.norm_eps && !run.off.has("norms") && "RMSNorm", step.frequencies && !run.off.has("rope") && "RoPE"].filter(Boolean);
+  const changes = [
+    step.norm_eps && !run.off.has("norms") && "RMSNorm",
+    step.frequencies && !run.off.has("rope") && "RoPE",
+  ].filter(Boolean);
   const isChanged = changes.length && ["query", "key"].includes(name);
   const lines = [...(bias ? [["bias", bias]] : []), ["total", isChanged ? total : value]];
   if (isChanged) lines.push([`after ${changes.join(" and ")}`, value]);
-  const formula = name === "heads" ? "Σ attention weight × value" : `Σ x[i] × weight[${channel}, i]${bias ? " + bias" : ""}`;
+  const formula =
+    name === "heads"
+      ? "Σ attention weight × value"
+      : `Σ x[i] × weight[${channel}, i]${bias ? " + bias" : ""}`;
   return { formula, terms, lines };
 }
 
@@ -250,9 +327,16 @@ async function explainScore(run, { step: index, channel, position, value }) {
   const at = (where) => ask(run, "vectors", { step: index, position: where });
   const [{ query }, { key }] = await Promise.all([at(position), at(channel)]);
   const D = query.length / run.steps[index].heads;
-  const terms = [...rowOf(query, D, head)].map((left, d) =>
-    [`q[${d}] · k[${d}]`, left, key[head * D + d], { step: index, name: "query", channel: head * D + d }]);
-  const lines = [["q · k", sum(terms.map(([, left, right]) => left * right))], [`divided by √${D} = ${number(Math.sqrt(D), 2)}`, value]];
+  const terms = [...rowOf(query, D, head)].map((left, d) => [
+    `q[${d}] · k[${d}]`,
+    left,
+    key[head * D + d],
+    { step: index, name: "query", channel: head * D + d },
+  ]);
+  const lines = [
+    ["q · k", sum(terms.map(([, left, right]) => left * right))],
+    [`divided by √${D} = ${number(Math.sqrt(D), 2)}`, value],
+  ];
   return { formula: `q·k / √D for query ${position + 1}, key ${channel + 1}, head ${head}`, terms, lines };
 }
 
@@ -279,22 +363,35 @@ async function explainNorm(run, { step: index, channel, position, value }, input
   const center = isCentered ? mean(x) : 0;
   const scale = Math.sqrt(mean([...x].map((each) => (each - center) ** 2)) + step.eps);
   const affine = ["weight", "bias"].filter((name) => step[name]);
-  const numbers = await Promise.all(affine.map((name) => numberOf(run, { tensor: step[name] }, position, channel)));
-  const lines = [input, ...(isCentered ? [["mean of x", center]] : []), [isCentered ? "standard deviation of x" : "RMS of x", scale]];
-  const formula = (isCentered ? "(x − mean) / standard deviation" : "x / RMS") + (step.weight ? " × weight" : "") + (step.bias ? " + bias" : "");
+  const numbers = await Promise.all(
+    affine.map((name) => numberOf(run, { tensor: step[name] }, position, channel)),
+  );
+  const lines = [
+    input,
+    ...(isCentered ? [["mean of x", center]] : []),
+    [isCentered ? "standard deviation of x" : "RMS of x", scale],
+  ];
+  const formula =
+    (isCentered ? "(x − mean) / standard deviation" : "x / RMS") +
+    (step.weight ? " × weight" : "") +
+    (step.bias ? " + bias" : "");
   return { formula, lines: [...lines, ...numbers, ["this number", value]] };
 }
 
 function drawExplanation({ formula, terms = [], lines = [] }) {
   const row = (label, product, value, from, className = "") => {
-    const button = from ? h("button", { type: "button", className: "from", onclick: () => followCell(from) }, label) : label;
+    const button = from
+      ? h("button", { type: "button", className: "from", onclick: () => followCell(from) }, label)
+      : label;
     const cells = [product, number(value)].map((words) => h("td", { className: "number" }, words));
     return h("tr", { className }, h("th", { scope: "row" }, button), ...cells);
   };
   const products = terms.map(([, left, right]) => left * right);
   const order = ranking(products.map(Math.abs));
   const rest = order.slice(TERMS);
-  const remainder = rest.length ? [[`the other ${plural(rest.length, "term")}`, sum(rest.map((i) => products[i]))]] : [];
+  const remainder = rest.length
+    ? [[`the other ${plural(rest.length, "term")}`, sum(rest.map((i) => products[i]))]]
+    : [];
   const rows = order.slice(0, TERMS).map((i) => {
     const [label, left, right, from] = terms[i];
     return row(label, `${number(left)} × ${number(right)}`, products[i], from);
@@ -303,22 +400,39 @@ function drawExplanation({ formula, terms = [], lines = [] }) {
   find("#explanation").replaceChildren(h("p", {}, formula), h("table", {}, ...rows));
 }
 
-const lensAt = (layer, position) => softmax(rowOf(state.trace.lens[layer], state.run.vocabulary.length, position));
+const lensAt = (layer, position) =>
+  softmax(rowOf(state.trace.lens[layer], state.run.vocabulary.length, position));
 
 // The logit lens: a row for each layer, a column for each position.
 function drawLens() {
   const { run, shown } = state;
   const box = find("#lens");
-  const labels = (words, row) => h("tr", {}, h("th", { scope: "row" }, words), ...row.map((token) =>
-    h("th", { scope: "col" }, h("bdi", {}, glyph(token)))));
-  const body = run.layers.map(({ name }, layer) => h("tr", {}, h("th", { scope: "row" }, name), ...shown.ids.map((_, i) => {
-    const probabilities = lensAt(layer, i);
-    const best = ranking(probabilities)[0];
-    const cell = h("td", { tabIndex: -1, "data-i": i, "data-layer": layer }, h("bdi", {}, glyph(run.vocabulary[best])));
-    cell.classList.toggle("right", best === shown.ids[i + 1]);
-    cell.style.backgroundColor = mix("cold", probabilities[best]);
-    return cell;
-  })));
+  const labels = (words, row) =>
+    h(
+      "tr",
+      {},
+      h("th", { scope: "row" }, words),
+      ...row.map((token) => h("th", { scope: "col" }, h("bdi", {}, glyph(token)))),
+    );
+  const body = run.layers.map(({ name }, layer) =>
+    h(
+      "tr",
+      {},
+      h("th", { scope: "row" }, name),
+      ...shown.ids.map((_, i) => {
+        const probabilities = lensAt(layer, i);
+        const best = ranking(probabilities)[0];
+        const cell = h(
+          "td",
+          { tabIndex: -1, "data-i": i, "data-layer": layer },
+          h("bdi", {}, glyph(run.vocabulary[best])),
+        );
+        cell.classList.toggle("right", best === shown.ids[i + 1]);
+        cell.style.backgroundColor = mix("cold", probabilities[best]);
+        return cell;
+      }),
+    ),
+  );
   const focused = all("td", box).indexOf(document.activeElement);
   box.replaceChildren(labels("text", tokens()), ...body, labels("true next", [...tokens().slice(1), ""]));
   const cells = all("td", box);
@@ -338,6 +452,8 @@ function showLensCell(cell) {
   const best = ranking(probabilities).slice(0, 5);
   const words = (id) => `${quoted(run.vocabulary[id])} ${percent(probabilities[id])}`;
   const target = shown.ids[i + 1];
-  const truth = target === undefined || best.includes(target) ? "" : `; the true next character, ${words(target)}`;
-  find("#lens-cell").textContent = `${run.layers[layer].name}, position ${i + 1} ${quoted(tokenAt(i))}: ${best.map(words).join(", ")}${truth}`;
+  const truth =
+    target === undefined || best.includes(target) ? "" : `; the true next character, ${words(target)}`;
+  find("#lens-cell").textContent =
+    `${run.layers[layer].name}, position ${i + 1} ${quoted(tokenAt(i))}: ${best.map(words).join(", ")}${truth}`;
 }

@@ -103,13 +103,22 @@ function startWorker() {
     if (error) reject(new Error(error));
     else resolve(result);
   };
-  made.onerror = (event) => { find("#loss").textContent = `The worker failed: ${event.message}`; };
+  made.onerror = (event) => {
+    find("#loss").textContent = `The worker failed: ${event.message}`;
+  };
   return made;
 }
 
 function ask(run, call, more = {}) {
   lastId += 1;
-  worker.postMessage({ call, id: lastId, model: run.index, ids: state.shown.ids, off: [...run.off], ...more });
+  worker.postMessage({
+    call,
+    id: lastId,
+    model: run.index,
+    ids: state.shown.ids,
+    off: [...run.off],
+    ...more,
+  });
   return new Promise((resolve, reject) => waiting.set(lastId, { resolve, reject }));
 }
 
@@ -201,7 +210,15 @@ function switchPart(run, part, isOn) {
 function chooseRun(run) {
   stop();
   const { ids, unknown } = encode(run, state.text);
-  Object.assign(state, { run, layer: 0, head: 0, cell: null, trace: null, position: Infinity, text: decode(run, ids) });
+  Object.assign(state, {
+    run,
+    layer: 0,
+    head: 0,
+    cell: null,
+    trace: null,
+    position: Infinity,
+    text: decode(run, ids),
+  });
   find("#input").value = state.text;
   refuse(unknown);
   drawRun();
@@ -219,8 +236,11 @@ function drawRun() {
   find("#lens-panel").hidden = !run.layers.length;
   find("#compare-panel").hidden = runs.length < 2;
   for (const each of all(".has-parts")) each.hidden = !run.parts.length;
-  find("#panels").replaceChildren(...all("section:not([hidden])").map((panel) =>
-    h("a", { href: `#${panel.id}` }, panel.querySelector("h2").textContent)));
+  find("#panels").replaceChildren(
+    ...all("section:not([hidden])").map((panel) =>
+      h("a", { href: `#${panel.id}` }, panel.querySelector("h2").textContent),
+    ),
+  );
   drawLegend();
   drawControls();
   drawHeadChoices();
@@ -229,12 +249,21 @@ function drawRun() {
 
 // One stop for the Tab key; from there, the arrow keys move. A row has `columns` items.
 function roving(box, selector, choose, columns = () => 1) {
-  box.addEventListener("focusin", ({ target }) => { if (target.matches(selector)) choose(target); });
+  box.addEventListener("focusin", ({ target }) => {
+    if (target.matches(selector)) choose(target);
+  });
   box.addEventListener("keydown", (event) => {
     const items = all(selector, box);
     const from = items.indexOf(document.activeElement);
     const [up, down] = [from - columns(), from + columns()];
-    const to = { ArrowLeft: from - 1, ArrowRight: from + 1, ArrowUp: up, ArrowDown: down, Home: 0, End: items.length - 1 };
+    const to = {
+      ArrowLeft: from - 1,
+      ArrowRight: from + 1,
+      ArrowUp: up,
+      ArrowDown: down,
+      Home: 0,
+      End: items.length - 1,
+    };
     const target = items[to[event.key]];
     if (!target) return;
     event.preventDefault();
@@ -245,8 +274,15 @@ function roving(box, selector, choose, columns = () => 1) {
 
 // For tests, and for the console: the models, and what they compute of any text.
 function publish(loaded) {
-  const models = runs.map(({ name, stage, vocabulary, blockSize, attentions, parts }) =>
-    ({ name, stage, vocabulary, blockSize, layers: attentions.length, heads: attentions[0]?.heads ?? 0, parts }));
+  const models = runs.map(({ name, stage, vocabulary, blockSize, attentions, parts }) => ({
+    name,
+    stage,
+    vocabulary,
+    blockSize,
+    layers: attentions.length,
+    heads: attentions[0]?.heads ?? 0,
+    parts,
+  }));
   const runOf = (model) => runs[models.indexOf(model)];
   const idsOf = (run, text) => {
     const { ids, unknown } = encode(run, text);
@@ -292,7 +328,10 @@ function start() {
     find(name).append(...runs.map((run) => h("option", { value: run.index }, run.name)));
   }
   find("#model-choice").onchange = ({ target }) => chooseRun(runs[target.value]);
-  find("#reset").onclick = () => { state.run.off.clear(); refresh(); };
+  find("#reset").onclick = () => {
+    state.run.off.clear();
+    refresh();
+  };
   // The longest beginning, of what the first model can read: a short context cuts its own.
   const longest = runs.map((run) => run.passage).reduce((a, b) => (b.length > a.length ? b : a));
   state.text = find("#input").value = decode(runs[0], encode(runs[0], longest).ids);
@@ -303,5 +342,7 @@ function start() {
   publish(ask(runs[0], "load", { models: runs, weights: all(".weights").map((each) => each.textContent) }));
 }
 
-addEventListener("unhandledrejection", ({ reason }) => { find("#loss").textContent = String(reason); });
+addEventListener("unhandledrejection", ({ reason }) => {
+  find("#loss").textContent = String(reason);
+});
 addEventListener("DOMContentLoaded", start);

@@ -11,7 +11,9 @@ const CONTINUED = 100; // characters that each run adds
 
 function startText() {
   const [input, characters] = [find("#input"), find("#characters")];
-  input.addEventListener("input", (event) => { if (!event.isComposing) readInput(); });
+  input.addEventListener("input", (event) => {
+    if (!event.isComposing) readInput();
+  });
   input.addEventListener("compositionend", readInput);
   let timer;
   characters.addEventListener("pointerover", ({ target, pointerType }) => {
@@ -19,14 +21,21 @@ function startText() {
     const character = target.closest(".character");
     if (character && pointerType !== "touch") timer = setTimeout(() => select(+character.dataset.i), DWELL);
   });
-  for (const name of ["pointerleave", "focusin"]) characters.addEventListener(name, () => clearTimeout(timer));
+  for (const name of ["pointerleave", "focusin"])
+    characters.addEventListener(name, () => clearTimeout(timer));
   characters.addEventListener("click", ({ target }) => target.closest(".character")?.focus());
   roving(characters, ".character", (each) => select(+each.dataset.i));
   for (const each of all(".undo")) each.onclick = undo;
-  find("#next").onclick = () => { stop(); step("next"); };
+  find("#next").onclick = () => {
+    stop();
+    step("next");
+  };
   find("#play").onclick = () => (state.playing ? stop() : play());
   for (const name of ["#temperature", "#top-k", "#seed"]) {
-    find(name).oninput = () => { drawControls(); predict(); };
+    find(name).oninput = () => {
+      drawControls();
+      predict();
+    };
   }
   find("#other-choice").value = Math.min(1, runs.length - 1);
   find("#other-choice").onchange = compare;
@@ -77,7 +86,8 @@ function undo() {
 // Characters in a row, made once and then changed, so that the focused one stays focused.
 function drawCharacters(box, count, change, role = "img") {
   while (box.children.length > count) box.lastChild.remove();
-  while (box.children.length < count) box.append(h("span", { className: "character", tabIndex: -1, role }, h("bdi")));
+  while (box.children.length < count)
+    box.append(h("span", { className: "character", tabIndex: -1, role }, h("bdi")));
   [...box.children].forEach((each, i) => {
     const { token, color, words } = change(i);
     each.dataset.i = i;
@@ -91,12 +101,18 @@ function drawCharacters(box, count, change, role = "img") {
 
 function drawText() {
   const { trace, shown, past } = state;
-  drawCharacters(find("#characters"), shown.ids.length, (i) => {
-    const loss = trace.losses[i];
-    const words = loss === null ? "not predicted" : `${number(bits(loss), 2)} bits`;
-    return { token: tokenAt(i), color: mix("heat", bits(loss ?? 0) / STRONGEST), words };
-  }, "option");
-  if (state.position === shown.ids.length - 1) find("#characters").scrollTop = find("#characters").scrollHeight;
+  drawCharacters(
+    find("#characters"),
+    shown.ids.length,
+    (i) => {
+      const loss = trace.losses[i];
+      const words = loss === null ? "not predicted" : `${number(bits(loss), 2)} bits`;
+      return { token: tokenAt(i), color: mix("heat", bits(loss ?? 0) / STRONGEST), words };
+    },
+    "option",
+  );
+  if (state.position === shown.ids.length - 1)
+    find("#characters").scrollTop = find("#characters").scrollHeight;
   const words = `Only the last ${plural(shown.ids.length, nounOf(state.run))} are shown: more do not fit the model's context.`;
   find("#cut").textContent = shown.start ? words : "";
   for (const each of all(".undo")) each.disabled = !past.length;
@@ -114,7 +130,13 @@ function drawLegend() {
 // A list of tokens with their probabilities, as buttons that stay where they are.
 function makeBars(box, choose) {
   for (let i = 0; i <= ALTERNATIVES; i++) {
-    const button = h("button", { type: "button" }, h("bdi"), h("span", { className: "track" }, h("i")), h("span"));
+    const button = h(
+      "button",
+      { type: "button" },
+      h("bdi"),
+      h("span", { className: "track" }, h("i")),
+      h("span"),
+    );
     button.onclick = () => choose(+button.dataset.id);
     box.append(button);
   }
@@ -134,7 +156,10 @@ function drawBars(box, probabilities, chosen, words) {
     token.textContent = glyph(state.run.vocabulary[id]);
     value.textContent = percent(probabilities[id]);
     track.firstChild.style.width = `${100 * probabilities[id]}%`;
-    button.setAttribute("aria-label", `${token.textContent} ${value.textContent}${id === chosen ? words : ""}`);
+    button.setAttribute(
+      "aria-label",
+      `${token.textContent} ${value.textContent}${id === chosen ? words : ""}`,
+    );
   });
 }
 
@@ -145,8 +170,9 @@ function drawAlternatives() {
     each.tabIndex = i === position ? 0 : -1;
   });
   const hasAny = position > 0;
-  find("#alternatives-title").textContent =
-    hasAny ? `Instead of ${nounOf(state.run)} ${position + 1}, ${quoted(tokenAt(position))}` : "Alternatives";
+  find("#alternatives-title").textContent = hasAny
+    ? `Instead of ${nounOf(state.run)} ${position + 1}, ${quoted(tokenAt(position))}`
+    : "Alternatives";
   find("#no-alternatives").hidden = hasAny;
   const logits = hasAny ? rowOf(trace.logits, run.vocabulary.length, position - 1) : [];
   drawBars(find("#alternatives"), softmax(logits), hasAny ? shown.ids[position] : -1, ", in the text");
@@ -192,9 +218,14 @@ const predict = latest(async (isStale) => {
   const { id, logits } = await ask(run, "next", { ids: prompt(run, text), ...how });
   if (isStale() || run !== state.run) return;
   const kept = ranking(logits).slice(0, how.topK);
-  const shares = softmax(Float64Array.from(kept, (each) => logits[each]), how.temperature || 1);
+  const shares = softmax(
+    Float64Array.from(kept, (each) => logits[each]),
+    how.temperature || 1,
+  );
   const probabilities = new Float64Array(logits.length);
-  kept.forEach((each, i) => { probabilities[each] = how.temperature ? shares[i] : Number(i === 0); });
+  kept.forEach((each, i) => {
+    probabilities[each] = how.temperature ? shares[i] : Number(i === 0);
+  });
   drawBars(find("#next-bars"), probabilities, id, ", sampled next");
 });
 
@@ -252,7 +283,11 @@ const compare = latest(async (isStale) => {
   drawCharacters(find("#differences"), a.ids.length, (i) => {
     const difference = isAligned && i ? bits(left[i] - right[i]) : 0;
     const words = `${number(bits(left[i]), 2)} − ${number(bits(right[i]), 2)} = ${number(difference, 2)} bits`;
-    return { token: first.vocabulary[a.ids[i]], color: diverging(difference / FULL_DIFFERENCE, "heat", "cold"), words };
+    return {
+      token: first.vocabulary[a.ids[i]],
+      color: diverging(difference / FULL_DIFFERENCE, "heat", "cold"),
+      words,
+    };
   });
   const [total, other] = totals(pair, [a.ids, b.ids], [left, right]);
   find("#totals").textContent = b.unknown.length
@@ -275,19 +310,21 @@ function totals(pair, ids, losses) {
 async function continueAll() {
   const { text } = state;
   find("#continuations").replaceChildren();
-  await Promise.all(runs.map(async (run) => {
-    const added = h("b");
-    const prompted = h("pre", {}, h("span", { className: "quiet" }, text), added);
-    find("#continuations").append(h("article", {}, h("h3", {}, run.name), prompted));
-    const { ids, unknown } = encode(run, text);
-    if (unknown.length) {
-      added.textContent = `\n(does not know ${unknown.map(quoted).join(" ")})`;
-      return;
-    }
-    const next = [];
-    for await (const id of continuation(run, ids, CONTINUED, settings())) {
-      next.push(id);
-      added.textContent = decode(run, next);
-    }
-  }));
+  await Promise.all(
+    runs.map(async (run) => {
+      const added = h("b");
+      const prompted = h("pre", {}, h("span", { className: "quiet" }, text), added);
+      find("#continuations").append(h("article", {}, h("h3", {}, run.name), prompted));
+      const { ids, unknown } = encode(run, text);
+      if (unknown.length) {
+        added.textContent = `\n(does not know ${unknown.map(quoted).join(" ")})`;
+        return;
+      }
+      const next = [];
+      for await (const id of continuation(run, ids, CONTINUED, settings())) {
+        next.push(id);
+        added.textContent = decode(run, next);
+      }
+    }),
+  );
 }

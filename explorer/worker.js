@@ -24,8 +24,7 @@ const calls = {
     return {
       logits: logits.data.slice(0, T * logits.width),
       losses: lossesOf(logits, ids),
-      attention: attentions.map((step) =>
-        session.caches.get(step).weights.map((rows) => square(rows, T))),
+      attention: attentions.map((step) => session.caches.get(step).weights.map((rows) => square(rows, T))),
       lens: lens.map((rows) => rows.data.slice(0, T * rows.width)),
     };
   },
@@ -88,7 +87,10 @@ const calls = {
   // purpose has a session of its own: after a restart, the context depends on how a text grew.
   next({ model, ids, off, temperature, topK, seed, purpose = "sample" }) {
     const session = sessionFor(model, ids, off, purpose);
-    const logits = session.values.at(-1).row(session.ids.length - 1).slice();
+    const logits = session.values
+      .at(-1)
+      .row(session.ids.length - 1)
+      .slice();
     return { id: choose(logits, temperature, topK, random(seed, ids.length)), logits };
   },
 };
@@ -147,7 +149,10 @@ function choose(logits, temperature, topK, uniform) {
   const order = [...logits.keys()].sort((a, b) => logits[b] - logits[a]);
   if (temperature === 0) return order[0];
   const kept = order.slice(0, topK || order.length);
-  const probabilities = softmax(Float64Array.from(kept, (i) => logits[i]), temperature);
+  const probabilities = softmax(
+    Float64Array.from(kept, (i) => logits[i]),
+    temperature,
+  );
   let sum = 0;
   return kept[probabilities.findIndex((p) => (sum += p) > uniform)] ?? kept[0];
 }
