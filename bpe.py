@@ -13,6 +13,7 @@ import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated
 
@@ -24,41 +25,37 @@ Pair = tuple[int, int]
 MAX_VOCABULARY = 2**16  # an id has two bytes in a prepared text
 VocabSize = Annotated[int, Limits(lambda x: 256 <= x <= MAX_VOCABULARY, ">= 256 and <= 65536")]
 
-# No token crosses the border of a word: letters, digits or punctuation with the space before them,
-# or white space, at most 64 of each. Whatever is beyond ASCII counts as a letter.
+# Pre-tokenization: no token crosses the border of a word, which is a run of letters, digits or
+# punctuation, with one space before it, or of white space. Runs are cut after 64 characters, so
+# that no word is slow to encode. Everything beyond ASCII counts as a letter.
 LETTERS, PUNCTUATION, SPACE = "[A-Za-z\u0080-\U0010ffff]", "[!-/:-@\\[-`{-~]", "[\x00-\x20\x7f]"
 PATTERN = f" ?{LETTERS}{{1,64}}| ?[0-9]{{1,64}}| ?{PUNCTUATION}{{1,64}}|{SPACE}{{1,64}}"
 # The first 256 tokens: each byte, in GPT-2's order, which begins with the printable characters.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
+ID_OF = {byte: i for i, byte in enumerate(BYTES)}
 
 
 class BytePairTokenizer:
     """Turns text into token ids and back, with the merges that `learn` found."""
 
     def __init__(self, merges: Iterable[Pair]) -> None:
-        self.source = [list(pair) for pair in merges]  # what is saved of it
+        self.source = [list(pair) for pair in merges]  # as meta.json and checkpoints store them
         self.rank = {(first, second): i for i, (first, second) in enumerate(self.source)}
         self.tokens = [bytes([byte]) for byte in BYTES]
         for first, second in self.source:
             if min(first, second) < 0 or len(self.tokens) >= MAX_VOCABULARY:
-                raise ValueError
+                raise ValueError  # damaged, which open_prepared reports
             self.tokens.append(self.tokens[first] + self.tokens[second])
         self.vocabulary = [token.decode("utf-8", errors="replace") for token in self.tokens]
         self.ids = {token: i for i, token in enumerate(self.vocabulary)}
-        self.known: dict[str, list[int]] = {}  # words that have been encoded before
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for word in re.findall(PATTERN, text):
-            if word not in self.known:
-                self.known = {} if len(self.known) > 2**17 else self.known
-                self.known[word] = self.encode_word(word)
-            ids += self.known[word]
-        return ids
+        return [i for word in re.findall(PATTERN, text) for i in self.encode_word(word)]
 
+    @lru_cache(2**17)  # noqa: B019 (most words of a text have occurred before)
     def encode_word(self, word: str) -> list[int]:
-        """Apply the merges, the one that was learned first before all others."""
+        """Apply the merges in the order in which they were learned."""
         ids = to_ids(word)
         while pairs := self.rank.keys() & {*pairwise(ids)}:
             pair = min(pairs, key=self.rank.get)
@@ -69,7 +66,7 @@ class BytePairTokenizer:
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Decode ids as they come; bytes that are not UTF-8, as in some samples, become \ufffd."""
+        """Decode ids as they come; invalid UTF-8, which a model may sample, becomes \ufffd."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
             yield decoder.decode(self.tokens[i])
@@ -77,11 +74,11 @@ class BytePairTokenizer:
 
 
 def to_ids(word: str) -> list[int]:
-    return [BYTES.index(byte) for byte in word.encode("utf-8", "replace")]
+    return [ID_OF[byte] for byte in word.encode("utf-8", "replace")]
 
 
 def merge(ids: list[int], pair: Pair, new: int) -> list[int]:
-    """Replace each occurrence of a pair, from left to right, by a new token."""
+    """Replace each occurrence of a pair, from left to right, with the token `new`."""
     merged, i = [], 0
     while i < len(ids):
         is_pair = i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair
@@ -91,9 +88,10 @@ def merge(ids: list[int], pair: Pair, new: int) -> list[int]:
 
 
 def learn(text: str, vocab_size: int) -> list[Pair]:
-    """Learn merges until there are `vocab_size` tokens; of equally frequent pairs, the smallest.
+    """Learn merges until there are `vocab_size` tokens, or no pairs are left.
 
-    Only the words that contain a pair change when it is merged: only those are counted again.
+    Of equally frequent pairs, the smallest is merged. A merge changes only the words that contain
+    the pair, so only these are recounted.
     """
     words = [(to_ids(word), count) for word, count in Counter(re.findall(PATTERN, text)).items()]
     counts: Counter[Pair] = Counter()
@@ -102,23 +100,24 @@ def learn(text: str, vocab_size: int) -> list[Pair]:
         for pair in pairwise(ids):
             counts[pair] += count
             words_with[pair].add(i)
-    merges, queue = [], [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(queue)
+    merges, queue = [], sorted((-count, pair) for pair, count in counts.items())  # a heap
     while queue and 256 + len(merges) < vocab_size:
         count, pair = heapq.heappop(queue)
-        if -count != counts[pair]:  # outdated: the right count is also in the queue
+        if -count != counts[pair]:  # outdated: the queue also has the current count
             continue
+        new = 256 + len(merges)
         merges.append(pair)
-        changed: Counter[Pair] = Counter()
+        change: Counter[Pair] = Counter()  # in the count of each pair
         for i in words_with.pop(pair):
             ids, count = words[i]
+            merged = merge(ids, pair, new)
+            words[i] = merged, count
             for each in pairwise(ids):
-                changed[each] -= count
-            words[i] = ids, count = merge(ids, pair, 255 + len(merges)), count
-            for each in pairwise(ids):
-                changed[each] += count
+                change[each] -= count
+            for each in pairwise(merged):
+                change[each] += count
                 words_with[each].add(i)
-        for each, difference in changed.items():
+        for each, difference in change.items():
             counts[each] += difference
             if difference and counts[each]:
                 heapq.heappush(queue, (-counts[each], each))
@@ -129,9 +128,9 @@ def main() -> None:
     from prepare import prepare, refuse_taken, report  # here because prepare.py imports this file
 
     parser = Parser(__doc__)
-    parser.add_argument("--data", type=path_of, metavar="TEXT", help="a UTF-8 text to learn from")
-    words = "number of tokens, 256 of which are the bytes (default 512)"
-    parser.add_argument("--vocab-size", default=512, help=words, **options_for(VocabSize))
+    parser.add_argument("--data", type=path_of, metavar="TEXT", help="UTF-8 text to learn from")
+    about = "number of tokens, 256 of which are the bytes (default 512)"
+    parser.add_argument("--vocab-size", default=512, help=about, **options_for(VocabSize))
     parser.add_argument("--out", type=path_of, required=True, metavar="DIR", help="new folder")
     options = parser.parse_args()
 
@@ -140,9 +139,10 @@ def main() -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder: pass a UTF-8 text as --data")
     corpus = open_corpus(path)
-    text = corpus.tokenizer.decode(corpus.train.tolist())  # what the model will be trained on
+    text = corpus.tokenizer.decode(corpus.train.tolist())  # only the training split
     tokenizer = BytePairTokenizer(learn(text, options.vocab_size))
-    print("longest tokens:", *map(repr, sorted(tokenizer.vocabulary, key=len)[-10:]))
+    longest = sorted(tokenizer.vocabulary, key=len)[-10:]
+    print(f"{len(tokenizer.tokens):,} tokens; the longest:", *map(repr, longest))
     report(prepare([path], options.out, tokenizer), options.out)
 
 

@@ -5,8 +5,8 @@
 
 The UTF-8 texts are read twice, in chunks: once to find the vocabulary, once to write each character
 as a two-byte token id. The first 90% is for training and the rest for validation, which is capped
-at a million characters because every evaluation covers all of it. With `--tokenizer`, the tokens
-are those of a folder that bpe.py made, and all cores encode.
+at a million characters because every evaluation covers all of it. With `--tokenizer`, it
+uses the tokens of a folder made by bpe.py, and encodes on all cores.
 """
 
 import codecs
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import UserError, cli
-from bpe import BytePairTokenizer
+from bpe import MAX_VOCABULARY, BytePairTokenizer
 from common import split_index
 from trainer.corpus import Batch, Corpus, make_tokenizer
 from trainer.flags import Parser, path_of
@@ -40,7 +40,6 @@ from tqdm import tqdm
 FORMAT = "character-gpt-course-data-2"
 SPLITS = {"train": "train.bin", "validation": "val.bin"}
 ID_DTYPE = np.dtype("<u2")  # a token id in the files: two bytes, little-endian
-MAX_VOCABULARY = 2**16  # largest vocabulary that two-byte ids allow
 CODE_POINTS = 0x110000  # size of Unicode's code space
 CHUNK_BYTES = 2**16  # fits in the CPU's cache
 WHITE_SPACE = "".join(map(chr, range(33))) + "\x7f"
@@ -136,7 +135,7 @@ def write_files(
 
 
 def split_at(chunks: Iterator[np.ndarray], border: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Say of each chunk to which split it belongs; cut the one that belongs to both."""
+    """Label each chunk with its split, and cut the chunk that spans the border."""
     for codes in chunks:
         for name, part in (("train", codes[:border]), ("validation", codes[border:])):
             if len(part):
@@ -147,7 +146,7 @@ def split_at(chunks: Iterator[np.ndarray], border: int) -> Iterator[tuple[str, n
 def encode_words(
     chunks: Iterator[tuple[str, np.ndarray]], tokenizer: BytePairTokenizer
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Encode with all cores, as many pieces at a time as keep them busy for a moment."""
+    """Encode on all cores, a few pieces per core at a time."""
     pieces = whole_words(chunks)
     with ExitStack() as stack:
         pool = None
@@ -178,7 +177,7 @@ def whole_words(chunks: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str,
 
 
 def last_border(text: str) -> int:
-    """Where white space begins for the last time: no token crosses this border."""
+    """Where the last run of white space begins; no token crosses this point."""
     end = max(map(text.rfind, WHITE_SPACE))
     return len(text[: end + 1].rstrip(WHITE_SPACE))
 
@@ -301,7 +300,7 @@ def open_prepared(folder: Path, verify: bool = False) -> Corpus:
     name, sha256 = folder.resolve().name, hashlib.sha256(content).hexdigest()
     text = texts[0] if len(texts) == 1 else sha256
     own = (name, str(folder.resolve()), sha256, tokenizer)
-    return PreparedCorpus(*own, *tensors, text, counts["validation"])
+    return PreparedCorpus(*own, *tensors, text, counts["validation"] / max(1, len(validation)))
 
 
 def sha256_of(path: Path) -> str:
@@ -323,14 +322,16 @@ def main() -> None:
     parser.add_argument(
         "--out", type=path_of, required=True, metavar="DIR", help="new folder to write"
     )
-    words = "folder whose tokens to use, as bpe.py made it (default: characters)"
+    words = "folder made by bpe.py, whose tokens to use (default: characters)"
     parser.add_argument("--tokenizer", type=path_of, metavar="DIR", help=words)
     options = parser.parse_args()
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
     tokenizer = open_prepared(options.tokenizer).tokenizer if options.tokenizer else None
     if tokenizer and isinstance(tokenizer.source, str):
-        raise UserError(f"{options.tokenizer} has no tokens of bpe.py: leave out --tokenizer")
+        raise UserError(
+            f"{options.tokenizer} has characters, not the tokens of bpe.py: leave out --tokenizer"
+        )
     report(prepare(options.texts, options.out, tokenizer), options.out)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/vocabulary.py
 
-Every model is gpt.py's small preset: the same blocks, the same context in tokens, and embeddings
-for its vocabulary. It is trained twice: for the same number of steps, and for the number of steps
-that takes as long as the model of characters needs. Prints a table and writes
+Every model is gpt.py's small preset with the same context length in tokens; only the embedding and
+`lm_head` depend on the vocabulary. Each is trained twice: for the same number of steps, in which
+token models see more text, and for the same time as the character model. Prints a table and writes
 results/vocabulary.svg. Finished runs, in runs/vocabulary, are not trained again.
 """
 
@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-CHARACTERS = 0  # stands for the model of characters
+CHARACTERS = 0  # stands for the character model
 SIZES = (CHARACTERS, 256, 512, 1024, 2048)
 COMMAND = "gpt --preset small"
 BLUE, ORANGE = "#0072b2", "#d55e00"
@@ -46,18 +46,20 @@ def data_of(size: int) -> Path:
 
 
 def trained(kind: str, steps: dict[int, int], seeds: range) -> dict[int, list[TrainedRun]]:
-    """The runs of each vocabulary, trained for these numbers of steps if they are not yet."""
+    """The runs of each vocabulary; trains those that are missing."""
     jobs, runs = [], {size: [] for size in steps}
     for seed in seeds:
         for size, count in steps.items():
             folder = Path("runs", "vocabulary", f"{size or 'characters'}-{kind}-{seed}")
             try:
                 runs[size].append(read_run(folder))
+                if runs[size][-1].config["max_iters"] != count:
+                    sys.exit(f"{folder} has another number of steps: delete it, or move it away")
                 if runs[size][-1].is_finished:
                     continue
                 how = ["--resume"]
             except UserError:
-                every = max(1, count // 20)
+                every = max(1, count // 4)
                 how = f"--preset small --max-iters {count} --eval-interval {every} --seed {seed}"
                 how = [*how.split(), "--device", "cpu"]
             where = ["--data", str(data_of(size)), "--out", str(folder)]
@@ -76,7 +78,7 @@ def bits(row: Row) -> Estimate:
 
 
 def compared(row: Row, first: Row) -> str:
-    """How many bits lower than the loss of characters, paired by seed."""
+    """Improvement over the character model in bits, paired by seed."""
     row.baseline = first
     return str(Estimate(*(each / math.log(2) for each in row.improvement)))
 
@@ -92,7 +94,7 @@ def draw(rows: dict[str, list[Row]], path: Path) -> None:
         place = {"textcoords": "offset points", "ha": "right", "va": "center", "color": color}
         axes.annotate(kind, (x[-1], values[-1]), (-24, side), **place)
     axes.set_xticks(x, ["characters", *(f"{size:,}" for size in SIZES[1:])])
-    axes.set_xlabel("vocabulary: characters, or byte pairs")
+    axes.set_xlabel("vocabulary: characters, or byte-pair tokens")
     axes.set_ylabel("validation loss (bits per character)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -103,11 +105,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default 5")
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="default 1000")
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="random seeds (default 5)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1000, metavar="N", help="training steps (default 1000)"
+    )
     options = parser.parse_args()
     if open_corpus(None).sha256 != TINY_SHAKESPEARE_SHA256:
-        parser.error("this is about Tiny Shakespeare, which cannot be downloaded")
+        parser.error("this benchmark needs Tiny Shakespeare: data/README.md says how to get it")
+    if options.seeds < 2:
+        parser.error("--seeds must be at least 2, for the ± in the table")
 
     seeds, steps = range(1, options.seeds + 1), dict.fromkeys(SIZES, options.steps)
     runs = {"equal steps": trained("steps", steps, seeds)}

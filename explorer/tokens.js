@@ -8,7 +8,7 @@
 const BYTE = 0xdc00; // plus the byte: the character that stands for it
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
-// What follows from a run's vocabulary.
+// The lookup tables for a run's vocabulary.
 function tokensOf({ vocabulary, merges, bytes }) {
   const idsOf = (tokens) => new Map(tokens.map((token, id) => [token, id]));
   if (!merges) return { tokenIds: idsOf(vocabulary) };
@@ -31,7 +31,7 @@ function encode(run, text) {
   return { ids, unknown: [...new Set(unknown)] };
 }
 
-// In a word, merge the pair that was learned first, until none is left.
+// The ids of one word: apply the earliest-learned merge until none applies.
 function bytePairs(run, word) {
   let ids = bytesOf(word).map((byte) => run.bytes.indexOf(byte));
   for (;;) {
@@ -57,15 +57,14 @@ function bytesOf(text) {
   const encoder = new TextEncoder();
   return [...text].flatMap((each) => {
     const code = each.codePointAt(0);
-    return code > BYTE && code < BYTE + 256 ? [code - BYTE] : [...encoder.encode(each)];
+    return code >= BYTE + 128 && code < BYTE + 256 ? [code - BYTE] : [...encoder.encode(each)];
   });
 }
 
 function textOf(bytes) {
   let text = "";
   for (let i = 0, length; i < bytes.length; i += length) {
-    length = [0xf0, 0xe0, 0xc0, 0].findIndex((least) => bytes[i] >= least);
-    length = [4, 3, 2, 1][length];
+    length = bytes[i] >= 0xf0 ? 4 : bytes[i] >= 0xe0 ? 3 : bytes[i] >= 0xc0 ? 2 : 1;
     try {
       text += utf8.decode(Uint8Array.from(bytes.slice(i, i + length)));
     } catch {

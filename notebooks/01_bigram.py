@@ -681,8 +681,8 @@ def exercise_4() -> None:
 #
 # </details>
 #
-# GPT-2 has 50,257 tokens. This course sticks with characters, so that tables are small enough to
-# look at.
+# GPT-2 has 50,257 tokens. The scripts read characters, which keeps tables small. Notebook 10 builds
+# the full tokenizer.
 #
 # ## The script
 #

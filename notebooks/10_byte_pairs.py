@@ -17,8 +17,8 @@
 # pieces of text, such as " the" or "ing". Here you build the tokenizer of `bpe.py`, look at what it
 # learns from Shakespeare, and compare losses between tokenizers.
 #
-# Allow 60 minutes. Exercise 4 of notebook 1 was a tiny version; this one handles words, large
-# vocabularies and broken characters. No model is trained here, so every cell takes seconds.
+# Allow 60 minutes. Exercise 4 of notebook 1 was a tiny version of this. No model is trained here,
+# so every cell takes seconds.
 
 # %%
 import sys
@@ -92,9 +92,9 @@ for step in range(1, 7):
 draw_tokens(rows)
 
 # %% [markdown]
-# Each row is one merge further; ␣ is a space, and colors only separate tokens. Each merge adds one
-# token to the vocabulary, and later merges build on earlier ones. Tokens need not be syllables or
-# words: BPE knows only frequency.
+# Each row applies one more merge, named on the left. ␣ is a space; colors only separate tokens.
+# Each merge adds one token to the vocabulary, and later merges build on earlier ones. Tokens need
+# not be syllables or words: BPE knows only frequency.
 #
 # ## Bytes
 #
@@ -123,8 +123,8 @@ print(f"byte {ord('a')}, an a, has the id {BYTES.index(ord('a'))}")
 #
 # ## Words first
 #
-# Should a merge cross a space? Here are 40 merges on part of the text, without and with a rule
-# against it:
+# Should a merge cross a space? Here are the first 40 merges on part of the text, with and without
+# merges across spaces:
 
 # %%
 part = training[:20_000]
@@ -133,38 +133,39 @@ for new in range(256, 296):
     a, b = Counter(pairwise(ids)).most_common(1)[0][0]
     ids = merge(ids, (a, b), new)
     pieces.append(pieces[a] + pieces[b])
-print("without words:", *("".join(visible(piece.decode())) for piece in pieces[256:]))
+print("across words:", *("".join(visible(piece.decode())) for piece in pieces[256:]))
 
 split_first = BytePairTokenizer(learn(part, 296)).vocabulary[256:]
-print("with words:   ", *("".join(visible(piece)) for piece in split_first))
+print("within words:", *("".join(visible(piece)) for piece in split_first))
 
 words = re.findall(PATTERN, "The king's 12 men,\n\nall 300.")
 draw_tokens({"words": words})
 
 # %% [markdown]
-# Tokens such as `e␣` or `,␣` join the end of one word to what comes next. A larger vocabulary would
-# have "dog.", "dog," and "dog!" as separate tokens. So a regular expression first splits the text
-# into **words** (**pre-tokenization**), and no token crosses their borders. A word is a run of
-# letters, digits or punctuation, with the space before it, or a run of white space.
+# Tokens such as `e␣` or `,␣` attach a space to the end of a word. A larger vocabulary would have
+# "dog.", "dog," and "dog!" as separate tokens. So a regular expression first splits the text into
+# **words** (**pre-tokenization**), and no token crosses their borders. A word is a run of letters,
+# digits or punctuation, with one space before it if there is exactly one; or a run of white space.
+# GPT-2's pattern is similar, but keeps endings such as 's together.
 #
-# Splitting also saves work: the same word always gets the same tokens, so it is enough to process
-# each distinct word once.
+# Splitting also saves work: the same word always gets the same tokens, so each distinct word is
+# processed once.
 
 # %%
-counts = Counter(re.findall(PATTERN, training))
-print(f"{sum(counts.values()):,} words, {len(counts):,} distinct; the most frequent:")
-print(*("".join(visible(word)) for word, _ in counts.most_common(20)))
+word_counts = Counter(re.findall(PATTERN, training))
+print(f"{sum(word_counts.values()):,} words, {len(word_counts):,} distinct; the most frequent:")
+print(*("".join(visible(word)) for word, _ in word_counts.most_common(20)))
 
 # %% [markdown]
 # ### Exercise 1 · One merge
 #
-# `words` is a list of distinct words: the ids of each, and how often it occurs in the text. Do one
-# step of BPE. `merge(ids, pair, new)` is that of notebook 1.
+# `words` has one entry per distinct word: its ids, and its count in the text. Do one step of BPE.
+# `merge(ids, pair, new)`, from notebook 1, is imported. Do not change `words`.
 
 
 # %% tags=["exercise"]
 def merge_step(words: list[tuple[list[int], int]], new: int) -> tuple[Pair, list]:
-    """The pair that is most frequent in the text, and the words with it merged into `new`."""
+    """Return the most frequent pair, and the words with that pair merged into `new`."""
     ...  # for each word, count the pairs in pairwise(ids)
     pair = ...  # of equally frequent pairs, the smallest: (1, 5) before (2, 0)
     return pair, ...
@@ -178,13 +179,15 @@ def exercise_1() -> None:
     assert pair == (1, 2), f"(1, 2) occurs in a word that occurs 5 times, but you merge {pair}"
     assert small[0] == ([1, 2], 5), "you changed the list that you were given"
     expected = [([9], 5), ([2, 3, 2, 3, 2, 3], 1), ([4], 50)]
-    assert merged == expected, f"merging (1, 2) into 9 gives {merged}, not {expected}"
-    pair, _ = merge_step([([2, 0], 6), ([1, 5], 6)], 9)
-    assert pair == (1, 5), f"(1, 5) and (2, 0) are equally frequent, but you merge {pair}"
-    some = [(to_ids(word), count) for word, count in counts.items()]
+    assert merged == expected, f"merging (1, 2) into 9 should give {expected}, not {merged}"
+    pair, _ = merge_step([([1, 2], 5), ([2, 3, 2, 3, 2, 3], 2)], 9)
+    assert pair == (2, 3), f"(2, 3) occurs 3 times in a word that occurs twice; you merge {pair}"
+    pair, _ = merge_step([([2, 0], 6), ([1, 7], 6), ([1, 5], 6)], 9)
+    assert pair == (1, 5), f"of (1, 5), (1, 7) and (2, 0), the smallest is (1, 5), not {pair}"
+    some = [(to_ids(word), count) for word, count in word_counts.items()]
     for new, expected in enumerate(learn(training, 264), 256):
         pair, some = merge_step(some, new)
-        assert pair == expected, f"merge {new - 255} of the real text is {pair}, not {expected}"
+        assert pair == expected, f"merge {new - 255} of the text should be {expected}, not {pair}"
 
 
 # %% [markdown]
@@ -204,10 +207,10 @@ def exercise_1() -> None:
 #
 # ## Learning from Shakespeare
 #
-# Repeat that step and you have `bpe.learn`. It is faster, since after a merge it counts only the
-# words that have changed. It learns from the training split only. The list of merges *is* the
-# tokenizer. The 256 bytes and the first 256 merges make a vocabulary of V = 512, so one list
-# contains all smaller vocabularies.
+# Repeat that step and you have `bpe.learn`, which is faster: after a merge, it recounts only the
+# words that changed. It learns from the training split only. The list of merges *is* the tokenizer.
+# Its first 256 merges give V = 512 (with the 256 bytes), so one long list contains every smaller
+# tokenizer.
 
 # %%
 merges = learn(training, 8192)
@@ -275,12 +278,12 @@ def exercise_2() -> None:
 #     return ids
 # ```
 #
-# The merge that was learned first comes first. Going through all merges in order gives the same
-# ids, but takes thousands of steps for a word.
+# Apply the earliest-learned merge first. Applying all merges in order gives the same ids, but takes
+# thousands of steps per word.
 #
 # </details>
 #
-# Why not take the longest token that fits? For many words, that gives other tokens than those that
+# Why not take the longest token that fits? Many words would get different tokens from the ones that
 # the model was trained on:
 
 
@@ -324,12 +327,11 @@ for text in ("The", " the", " The", "THE", " THE", " king", " King", " KING"):
     print(f"{text!r:8}", [tokenizer.vocabulary[i] for i in ids], ids)
 
 # %% [markdown]
-# Frequent tokens are punctuation and short words. Among the longest are names, which are frequent
-# in *these* plays.
+# Frequent tokens are punctuation and short words. The longest include names from *these* plays.
 #
 # **The space belongs to the word after it.** "The" at the start of a line and " The" within one are
 # different tokens with unrelated ids, and so are " the" and " The". The model has to learn from the
-# text that they are the same word. A word in capitals falls into pieces, unless it is frequent.
+# text that they are the same word. A word in capitals is split, unless it is frequent.
 #
 # A token also hides its letters: the id of " king" does not show that it rhymes with " ring".
 #
@@ -343,9 +345,9 @@ draw_tokens(
 )
 
 # %% [markdown]
-# A frequent year is one token, others are two or more, and the cuts ignore place value. This can
-# make arithmetic harder. Some newer tokenizers split numbers into single digits or groups of up to
-# three.
+# A frequent year is one token; others are split in two or more, and the splits ignore place value.
+# This can make arithmetic harder. Some newer tokenizers split numbers into single digits or groups
+# of up to three.
 #
 # ## Decoding
 #
@@ -365,9 +367,9 @@ print("together:", tokenizer.decode(ids))
 
 # %% tags=["exercise"]
 def pieces_of(ids: list[int], tokens: list[bytes]) -> list[str]:
-    """For each id, the characters that are complete with it, perhaps none ("")."""
-    ...  # keep the bytes of an incomplete character for the next id
-    return ...  # data.decode("utf-8", errors="ignore") leaves out an incomplete character
+    """One string per id: the characters that this id completes, or "" if there are none."""
+    ...  # keep the bytes of an incomplete character for the next id; drop them at the end
+    return ...  # bytes.decode("utf-8", errors="ignore") skips an incomplete character
 
 
 # %% tags=["check"]
@@ -380,7 +382,8 @@ def exercise_3() -> None:
     assert pieces == ["Hi ", "", "😀"], f"the pieces are ['Hi ', '', '😀'], not {pieces}"
     pieces = pieces_of([1, 3, 4, 0], tokens)
     expected = ["", "😃 ", "天!", "Hi "]
-    assert pieces == expected, f"{pieces}: 😃 and the space are complete with the second token"
+    problem = f"the pieces should be {expected}, not {pieces}"
+    assert pieces == expected, f"{problem}: the second token completes 😃 and a space"
     long = "天 😀 Zoë → " * 3
     for some in (plain, tokenizer):
         ids = some.encode(long)
@@ -405,15 +408,15 @@ def exercise_3() -> None:
 #
 # </details>
 #
-# A model may also sample bytes that never become a character. `bpe.py` uses Python's incremental
-# decoder, which shows `�` for these and continues.
+# A model may also sample bytes that never become a character. After these, this solution repeats
+# characters; `bpe.py` uses Python's incremental decoder, which replaces them with `�`.
 #
 # ## Compression
 #
 # A larger vocabulary makes a text shorter. The measure is **characters per token**.
 #
-# **Predict before you run:** with 512 tokens, it is about 1.9 in the validation split. With eight
-# times as many?
+# **Predict before you run:** at V = 512, it is about 1.9 in the validation split. What is it at
+# V = 4,096?
 
 # %%
 guess = ...  # characters per token at V = 4,096
@@ -436,11 +439,11 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# On the training split, each doubling adds less than the one before: the most frequent pairs are
-# merged first. The validation split is behind, since the tokens were chosen for the training split.
-# Some, such as " Northumberland", occur only there.
+# On the training split, each doubling adds less than the one before, because the most frequent
+# pairs are merged first. The validation split compresses less: the tokens were learned from the
+# training split, and some, such as " Northumberland", occur only there.
 #
-# **A context of 64 tokens** spans more text. This is what a model with `block_size` 64 sees:
+# A context of 64 tokens spans more text. This is what a model with `block_size` 64 sees:
 
 # %%
 for V in sizes[1::3]:
@@ -452,8 +455,8 @@ print(f"--- characters\n{validation[:64]}")
 # ## The cost
 #
 # A GPT has two matrices of V rows: the token embedding and `lm_head`, V · C parameters each. A
-# larger V also means more FLOPs in `lm_head` and in the softmax. The fraction of the parameters in
-# both:
+# larger V also means more FLOPs in `lm_head` and in the softmax. The two matrices hold this
+# fraction of all parameters:
 
 # %%
 columns = {}
@@ -482,8 +485,8 @@ panels[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# GPT-2 has 50,257 tokens. In a small model, they would take nearly all parameters. (GPT-2 uses one
-# matrix for both purposes, which halves the cost.)
+# GPT-2 has 50,257 tokens. In the small preset, their two matrices would hold 94% of the parameters.
+# (GPT-2 uses one matrix for both: **weight tying**.)
 #
 # ## Rare tokens
 #
@@ -509,14 +512,14 @@ print("never, though learned:", *(repr(tokenizer.vocabulary[i]) for i in used_up
 
 # %% [markdown]
 # At V = 4,096, 883 tokens occur fewer than 10 times in a million characters, and 445 of them never.
-# Of these, 191 are bytes that Shakespeare does not use. The others were steps to longer tokens,
-# which took all their occurrences. Their embeddings stay at their random initial values, apart from
-# weight decay. If a prompt contains such a token, the model reads noise.
+# Of these, 191 are bytes that Shakespeare does not use. Nearly all others are intermediate tokens:
+# a later merge absorbed every occurrence. Only weight decay changes their embeddings, which stay
+# random. A prompt that contains such a token feeds the model noise.
 #
 # ## Bits per character
 #
 # The loss of a GPT is in nats *per token*. Can you compare it between tokenizers? Take a **unigram
-# model**, which knows only how frequent each token is.
+# model**, which knows only each token's frequency.
 #
 # **Predict before you run:** does its loss per token rise or fall as V grows?
 
@@ -527,22 +530,22 @@ guess = ...  # "rise" or "fall"
 reveal(guess, "rise")
 
 # %% [markdown]
-# A longer token says more, so it is harder to predict: losses per token cannot be compared. The
-# fair unit is **bits per character**: the bits for the whole text, divided by its number of
-# characters, which no tokenizer changes.
+# A longer token carries more information, so it is harder to predict. Losses per token are not
+# comparable. Compare **bits per character**: the bits for the whole text, divided by its number of
+# characters, which does not depend on the tokenizer.
 #
 # $$\text{bits per character} =
 # \frac{\text{nats per token}}{\ln 2 \cdot \text{characters per token}}$$
 #
 # ### Exercise 4 · Bits per character
 #
-# The check also runs your function with 512 tokens on the validation split. On Tiny Shakespeare the
-# answer is 3.98.
+# A model gives token `i` the probability `p[i]`, whatever came before. Compute its bits per
+# character on a text with these ids. On Tiny Shakespeare, the check prints 3.98 for V = 512.
 
 
 # %% tags=["exercise"]
 def bits_per_character(p: Tensor, ids: Tensor, characters: int) -> float:
-    """Of a model that gives token i the probability p[i], (V), on a text with these ids."""
+    """The bits for all ids, divided by the number of characters; p has shape (V)."""
     return ...
 
 
@@ -559,8 +562,8 @@ def exercise_4() -> None:
     bits = float(bits_per_character(p, ids, len(validation)))
     seen = torch.bincount(ids, minlength=V)
     expected = -(seen * p.log2()).sum().item() / len(validation)
-    assert abs(bits - expected) < 1e-3, f"it is {expected:.3f} with {V} tokens, not {bits:.3f}"
-    print(f"{bits:.2f} bits per character with {V} tokens")
+    assert abs(bits - expected) < 1e-3, f"at V = {V}, it should be {expected:.3f}, not {bits:.3f}"
+    print(f"{bits:.2f} bits per character at V = {V}")
 
 
 # %% [markdown]
@@ -599,25 +602,25 @@ panels[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Per token both models seem to get worse; per character both get better. Even the uniform model
-# does, which knows nothing: the tokenizer does. A token is a string that was frequent, so it
-# carries some context with it.
+# Per token, both models seem to get worse; per character, both get better. Even the uniform model
+# improves, though it knows nothing: the gain comes from the tokenizer. A token is a frequent
+# string, so it carries context with it.
 #
-# **This does not say that a GPT gets better too.** A GPT sees the context anyway. A larger
-# vocabulary gives it a longer context, and costs parameters and rare tokens. Which V is best has to
-# be measured.
+# **This does not say that a GPT gets better too**: it sees the context anyway. A larger V gives it
+# a longer context, but also more parameters and more rare tokens. RESULT
 #
 # ## The script
 #
 # `bpe.py` has `learn` and `BytePairTokenizer`. In a terminal, in the course's folder:
 #
 # ```
+# python gpt.py --out runs/characters
 # python bpe.py --vocab-size 512 --out data/shakespeare-512
-# python gpt.py --data data/shakespeare-512
-# python compare.py runs/gpt runs/gpt-2
+# python gpt.py --data data/shakespeare-512 --out runs/tokens
+# python compare.py runs/characters runs/tokens
 # ```
 #
-# `compare.py` converts losses per token to bits per character.
+# `gpt.py` prints losses per token. `compare.py` shows them in nats and in bits per character.
 
 # %% [markdown]
 # ## Quiz
@@ -648,8 +651,8 @@ plt.show()
 # - Radford et al. (2019), [Language Models are Unsupervised Multitask
 #   Learners](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf):
 #   GPT-2, with byte-level BPE
-# - Kudo & Richardson (2018), [SentencePiece](https://arxiv.org/abs/1808.06226): tokens straight
-#   from raw text, with the space as a character like any other
+# - Kudo & Richardson (2018), [SentencePiece](https://arxiv.org/abs/1808.06226): the space is a
+#   character like any other
 
 # %% [markdown]
 # **Next →** [README](../README.md)

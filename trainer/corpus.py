@@ -37,16 +37,12 @@ class Corpus:
     train: Tensor
     validation: Tensor
     text: str  # SHA-256 of the text itself, whatever its tokens are
-    characters: int  # in the validation split
+    characters_per_token: float  # in the validation split
     table: Tensor | None = None  # maps the text's ids to the model's, if they differ
 
     @property
     def vocabulary(self) -> Sequence[str]:
         return self.tokenizer.vocabulary
-
-    @property
-    def characters_per_token(self) -> float:
-        return self.characters / len(self.validation)
 
     def ids(self, tokens: Tensor) -> Tensor:
         return tokens.long() if self.table is None else self.table[tokens.long()]
@@ -76,7 +72,7 @@ def open_corpus(path: Path | None, verify: bool = False) -> Corpus:
     id_of[[*map(ord, tokenizer.vocabulary)]] = torch.arange(len(tokenizer.vocabulary))
     parts = split(id_of[torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)])
     sha256 = hashlib.sha256(content).hexdigest()
-    return Corpus(path.stem, str(path.resolve()), sha256, tokenizer, *parts, sha256, len(parts[1]))
+    return Corpus(path.stem, str(path.resolve()), sha256, tokenizer, *parts, sha256, 1.0)
 
 
 def make_tokenizer(source: str | list) -> Tokenizer:

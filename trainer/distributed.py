@@ -64,7 +64,5 @@ class World:
         """Average the gradients over all processes, in one message."""
         gradients = [each.grad for each in model.parameters() if each.grad is not None]
         if self.size > 1:
-            sums = self.all_reduce(torch.cat([each.flatten() for each in gradients]))
-            means = sums.div_(self.size).split([each.numel() for each in gradients])
-            for gradient, mean in zip(gradients, means, strict=True):
-                gradient.copy_(mean.view_as(gradient))
+            sums = self.all_reduce(nn.utils.parameters_to_vector(gradients))
+            nn.utils.vector_to_parameters(sums.div_(self.size), gradients)

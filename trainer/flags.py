@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             values = {name: vars(each)[field.name] for name, each in (presets or {}).items()}
             if len(set(values.values())) > 1:
                 default = ", ".join(f"{name} {value}" for name, value in values.items())
-            shown = "" if default in (None, "", False) else f" (default {default})"
+            shown = "" if default in (None, "") or default is False else f" (default {default})"
             words = (comments.get(field.name, "") + shown).replace("%", "%%")
             how = options_for(hints[field.name], field.default is False)
             group.add_argument(flag(field.name), default=argparse.SUPPRESS, help=words, **how)

@@ -11,7 +11,6 @@ from common import pick_device
 from trainer.cli import UserError
 from trainer.distributed import World
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -68,12 +67,6 @@ class Machine:
         """How many threads a training step should use."""
         work = sum(p.numel() for p in model.parameters()) * config.batch_size * config.block_size
         return 1 if work <= SMALL_STEP else torch.get_num_threads()
-
-    def memory(self) -> int:
-        """The device's memory in bytes."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.device).total_memory
-        return psutil.virtual_memory().total
 
     def seed(self, value: int) -> None:
         """Seed the generator that dropout uses on this device."""

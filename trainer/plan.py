@@ -17,6 +17,7 @@ from trainer.folder import RunFolder
 from trainer.machine import DeviceSettings, Machine, MachineSettings, available_device
 from trainer.sampling import SampleSettings
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
@@ -87,8 +88,7 @@ def make_plan(
     device = start["device"] if settings.device == "auto" else settings.device
     device = available_device(device, world)
     preset = options.preset or preset_for(device.type) if presets and not saved else ""
-    fresh = presets[preset] if preset else config_class()
-    config = saved_config(config_class, saved) if saved else fresh
+    config = saved_config(config_class, saved) if saved else presets.get(preset) or config_class()
     corpus, tokenizer = open_text(settings, saved, world)
     settings.start_of_text(tokenizer)  # a bad --prompt is refused now rather than at the end
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
@@ -98,7 +98,7 @@ def make_plan(
     if settings.resume and saved["device"] == device.type:
         dtype = saved["dtype"]  # another dtype would change the losses
     machine = Machine(settings, device, dtype)
-    refuse_sizes(config, corpus, world, machine.memory())
+    refuse_sizes(config, corpus, world)
     own = (machine, corpus, tokenizer, start["init_from"], changed, preset)
     return Plan(name, settings, config, seed, *own), saved
 
@@ -200,7 +200,7 @@ def open_text(
     return corpus, tokenizer
 
 
-def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None:
+def refuse_sizes(config: Any, corpus: Corpus, world: World) -> None:
     check_divides(config)
     if config.batch_size % world.size:
         raise UserError(f"--batch-size must be divisible by the {world.size} processes")
@@ -214,6 +214,6 @@ def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None
     # PyTorch's overhead for a block's modules and tensors; and a batch of token ids.
     needed = 12 * (1 + 8 * layers) * width**2 + 150_000 * layers
     needed += 16 * config.batch_size * config.block_size
-    if needed > memory:
+    if needed > (memory := psutil.virtual_memory().total):
         sizes = f"at least {needed / 1e9:,.0f} GB of memory, but there are {memory / 1e9:,.0f} GB"
         raise UserError(f"training this needs {sizes}: reduce --n-layer, --n-embd or --batch-size")

@@ -59,6 +59,7 @@ class Run:
         with self.folder:
             self.plan, self.saved = make_plan(*own, self.folder, self.world)
         self.config = self.plan.config
+        self.unit = "characters" if isinstance(self.plan.tokenizer.source, str) else "tokens"
         self.machine, self.device = self.plan.machine, self.plan.machine.device
         self.autocast = self.machine.autocast  # inside, matrix products are in the run's dtype
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
@@ -71,10 +72,6 @@ class Run:
         if presets:
             self.micro_batch_count = self.machine.micro_batches(self.config, self.world)
         torch.manual_seed(self.plan.seed)  # for the initial weights
-
-    @property
-    def unit(self) -> str:
-        return "characters" if isinstance(self.plan.tokenizer.source, str) else "tokens"
 
     @property
     def step(self) -> int:
@@ -177,7 +174,7 @@ class Run:
         details = (self.device.type, self.machine.dtype_name, preset, several)
         length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} {self.unit}"
         self.say(f"{plan.name}: {parameters:,} parameters, {', '.join(filter(None, details))}")
-        self.say(f"{plan.corpus.name}: {length}, {self.config.vocab_size} distinct")
+        self.say(f"{plan.corpus.name}: {length}, vocabulary of {self.config.vocab_size}")
         if plan.init_from and not plan.settings.resume:
             adopt_weights(self.model, self.config, self.saved, plan.tokenizer)
             self.say(f"starts from the weights of {plan.init_from}")
@@ -185,6 +182,7 @@ class Run:
         self.model.load_state_dict(self.world.broadcast(weights))  # machines may round differently
         if self.machine.compiled:
             self.model.compile()
+        self.history.started = time.perf_counter()
         self.try_step()
         self.saved = None  # frees its memory
         self.first_step = self.bar.n = self.bar.initial = self.step
@@ -199,10 +197,8 @@ class Run:
 
     def try_step(self) -> None:
         """Run one step now, so that a lack of memory shows at once; then undo it, or resume."""
-        saved = self.saved
-        if not self.plan.settings.resume:
-            states = {name: part.state_dict() for name, part in self.parts.items()}
-            saved = {"parts": copy.deepcopy(states)}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        saved = self.saved if self.plan.settings.resume else {"parts": copy.deepcopy(states)}
         idx, targets = (half.tensor_split(self.micro_batch_count)[0] for half in self.batch(0))
         with self.autocast():
             _, loss = self.model(idx, targets)

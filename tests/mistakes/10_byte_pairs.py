@@ -25,6 +25,16 @@ def merge_step(words: list[tuple[list[int], int]], new: int) -> tuple[Pair, list
     for ids, count in words:
         for pair in pairwise(ids):
             counts[pair] += count
+    pair = min(counts, key=lambda pair: (-counts[pair], pair[0]))  # not the second id
+    return pair, [(merge(ids, pair, new), count) for ids, count in words]
+
+
+# %% 1
+def merge_step(words: list[tuple[list[int], int]], new: int) -> tuple[Pair, list]:
+    counts = Counter()
+    for ids, count in words:
+        for pair in pairwise(ids):
+            counts[pair] += count
     pair = min(counts, key=lambda pair: (-counts[pair], pair))
     return pair, [merge(ids, pair, new) for ids, _ in words]  # without the counts
 
