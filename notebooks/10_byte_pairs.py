@@ -335,7 +335,7 @@ for text in ("The", " the", " The", "THE", " THE", " king", " King", " KING"):
 #
 # A token also hides its letters: the id of " king" does not show that it rhymes with " ring".
 #
-# Shakespeare has almost no numbers, so here is a little text with years:
+# Shakespeare has almost no numbers, so here are some years:
 
 # %%
 years = "In 2000 and 2000, not in 1999, 1987 or 2001. " * 50
@@ -443,7 +443,7 @@ plt.show()
 # pairs are merged first. The validation split compresses less: the tokens were learned from the
 # training split, and some, such as " Northumberland", occur only there.
 #
-# A context of 64 tokens spans more text. This is what a model with `block_size` 64 sees:
+# A context of 64 tokens spans more text:
 
 # %%
 for V in sizes[1::3]:
@@ -490,8 +490,8 @@ plt.show()
 #
 # ## Rare tokens
 #
-# A token's embedding gets a gradient only from batches that contain the token. So a rare token gets
-# few updates. How many are rare?
+# Only batches that contain a token update its embedding. So rare tokens get few updates. How many
+# are rare?
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.2))
@@ -576,8 +576,8 @@ def exercise_4() -> None:
 #
 # </details>
 #
-# Two models for each tokenizer, on the validation split. The **uniform** model gives each token the
-# probability 1/V.
+# Here are two models per tokenizer, on the validation split. The **uniform** model gives each token
+# the probability 1/V.
 
 # %%
 nats: dict[str, list[float]] = {"uniform": [], "unigram": []}
@@ -626,8 +626,8 @@ plt.show()
 # ## Quiz
 #
 # 1. Why do the first 256 tokens stand for bytes and not for characters?
-#    <details><summary>Answer</summary>All texts consist of these 256 bytes, so every text can be
-#    encoded. There are too many characters.</details>
+#    <details><summary>Answer</summary>These 256 bytes encode every text; there are too many
+#    characters.</details>
 # 2. Model A has 3.0 nats per token at 2.0 characters per token, model B 4.5 at 3.0. Which is
 #    better?
 #    <details><summary>Answer</summary>Neither: both have 1.5 nats, or 2.16 bits, per
@@ -636,8 +636,8 @@ plt.show()
 #    <details><summary>Answer</summary>Merges stay within words, and " the" is a word of its
 #    own.</details>
 # 4. You encode Python code with a tokenizer learned from Shakespeare. What happens?
-#    <details><summary>Answer</summary>Every character survives, but the tokens are short: fewer
-#    characters per token, so the context spans less text.</details>
+#    <details><summary>Answer</summary>Every character survives, but tokens are shorter, so the
+#    context spans less text.</details>
 # 5. A token never occurs in the training split. What does the model learn about it?
 #    <details><summary>Answer</summary>Its embedding gets no gradient and stays random. Its row in
 #    `lm_head` does get one, in every batch: the model learns that it does not come next.</details>
