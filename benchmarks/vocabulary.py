@@ -9,6 +9,7 @@ results/vocabulary.svg. Finished runs, in runs/vocabulary, are not trained again
 """
 
 import argparse
+import contextlib
 import math
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def data_of(size: int) -> Path:
         return default_corpus()
     if not folder.exists():
         command = [ROOT / "bpe.py", "--vocab-size", str(size), "--out", folder]
-        subprocess.run([sys.executable, *command], check=True)
+        subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
     return folder
 
 
@@ -66,7 +67,8 @@ def trained(kind: str, steps: dict[int, int], seeds: range) -> dict[int, list[Tr
             name = f"{COMMAND}, {size or 'characters'}, {kind}"
             jobs.append(Job(name, seed, count, count, folder, (*how, *where)))
     if jobs:
-        failed = train(jobs, at_once=2)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
+            failed = train(jobs, at_once=2)
         if failed:
             sys.exit(f"not trained: {'; '.join(failed)}")
         return trained(kind, steps, seeds)

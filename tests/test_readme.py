@@ -38,7 +38,7 @@ def test_every_script_that_it_says_to_run_exists():
 
 def test_every_flag_of_its_commands_exists(run):
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", EVERYTHING)) - {
-        *("--no-index", "--extra-index-url", "--nanogpt", "--minutes"),
+        *("--no-index", "--extra-index-url", "--nanogpt", "--rounds", "--minutes"),
         *("--nproc", "--nnodes", "--rdzv"),  # torchrun's own
         *("--to", "--execute"),  # jupytext's
     }

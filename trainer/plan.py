@@ -98,7 +98,7 @@ def make_plan(
     if settings.resume and saved["device"] == device.type:
         dtype = saved["dtype"]  # another dtype would change the losses
     machine = Machine(settings, device, dtype)
-    refuse_sizes(config, corpus, world)
+    refuse_sizes(config, corpus, world, psutil.virtual_memory().total)
     own = (machine, corpus, tokenizer, start["init_from"], changed, preset)
     return Plan(name, settings, config, seed, *own), saved
 
@@ -200,7 +200,7 @@ def open_text(
     return corpus, tokenizer
 
 
-def refuse_sizes(config: Any, corpus: Corpus, world: World) -> None:
+def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None:
     check_divides(config)
     if config.batch_size % world.size:
         raise UserError(f"--batch-size must be divisible by the {world.size} processes")
@@ -214,6 +214,6 @@ def refuse_sizes(config: Any, corpus: Corpus, world: World) -> None:
     # PyTorch's overhead for a block's modules and tensors; and a batch of token ids.
     needed = 12 * (1 + 8 * layers) * width**2 + 150_000 * layers
     needed += 16 * config.batch_size * config.block_size
-    if needed > (memory := psutil.virtual_memory().total):
+    if needed > memory:
         sizes = f"at least {needed / 1e9:,.0f} GB of memory, but there are {memory / 1e9:,.0f} GB"
         raise UserError(f"training this needs {sizes}: reduce --n-layer, --n-embd or --batch-size")
