@@ -576,7 +576,7 @@ def exercise_4() -> None:
 #
 # </details>
 #
-# Here are two models per tokenizer, on the validation split. The **uniform** model gives each token
+# Two models per tokenizer, on the validation split. The **uniform** model gives each token
 # the probability 1/V.
 
 # %%
@@ -607,7 +607,8 @@ plt.show()
 # string, so it carries context with it.
 #
 # **This does not say that a GPT gets better too**: it sees the context anyway. A larger V gives it
-# a longer context, but also more parameters and more rare tokens. RESULT
+# a longer context, but more parameters and rare tokens. After 1,000 steps, `gpt.py` has 2.51 bits
+# on characters and 2.23 at V = 2,048 ([table](../docs/results.md)).
 #
 # ## The script
 #
