@@ -96,6 +96,7 @@ def draw(rows: dict[str, list[Row]], path: Path) -> None:
         place = {"textcoords": "offset points", "ha": "right", "va": "center", "color": color}
         axes.annotate(kind, (x[-1], values[-1]), (-24, side), **place)
     axes.set_xticks(x, ["characters", *(f"{size:,}" for size in SIZES[1:])])
+    axes.margins(y=0.15)
     axes.set_xlabel("vocabulary: characters, or byte-pair tokens")
     axes.set_ylabel("validation loss (bits per character)")
     axes.spines[["top", "right"]].set_visible(False)
