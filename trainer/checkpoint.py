@@ -67,7 +67,7 @@ def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
 def layout(part: Any) -> list[tuple[str, Any]]:
     """Names and shapes of an optimizer's state: if they do not match, its next step crashes."""
     states = part.state.values() if isinstance(part, torch.optim.Optimizer) else ()
-    return [(name, getattr(x, "shape", None)) for each in states for name, x in each.items()]
+    return [(name, torch.is_tensor(x) and x.shape) for each in states for name, x in each.items()]
 
 
 def misfit(checkpoint: Checkpoint, error: Exception) -> UserError:
