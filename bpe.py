@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Annotated
 
 from trainer import UserError, cli
+from common import Tokenizer
 from trainer.corpus import default_corpus, open_corpus
 from trainer.flags import Limits, Parser, options_for, path_of
 
@@ -36,11 +37,12 @@ BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
 ID_OF = {byte: i for i, byte in enumerate(BYTES)}
 
 
-class BytePairTokenizer:
+class BytePairTokenizer(Tokenizer):
     """Turns text into token ids and back, with the merges that `learn` found."""
 
     def __init__(self, merges: Iterable[Pair]) -> None:
         self.source = [list(pair) for pair in merges]  # as meta.json and checkpoints store them
+        self.unit = "tokens"
         self.rank = {(first, second): i for i, (first, second) in enumerate(self.source)}
         self.tokens = [bytes([byte]) for byte in BYTES]
         for first, second in self.source:
@@ -61,9 +63,6 @@ class BytePairTokenizer:
             pair = min(pairs, key=self.rank.get)
             ids = merge(ids, pair, 256 + self.rank[pair])
         return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Decode ids as they come; invalid UTF-8, which a model may sample, becomes \ufffd."""

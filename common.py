@@ -16,6 +16,7 @@ class Tokenizer:
         self.vocabulary = "".join(sorted(set(text)))
         self.ids = {character: i for i, character in enumerate(self.vocabulary)}
         self.source = self.vocabulary  # what is saved of it
+        self.unit = "characters"  # what its ids stand for
 
     def encode(self, text: str) -> list[int]:
         return [self.ids[character] for character in text]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import UserError, cli
-from bpe import BYTES, PATTERN, BytePairTokenizer
+from bpe import BYTES, PATTERN
 from common import LanguageModel, Tokenizer
 from explorer.steps import describe
 from sample import rebuild
@@ -51,7 +51,6 @@ def pack_model(
         "name": name,
         "stage": checkpoint["stage"],
         "vocabulary": list(tokenizer.vocabulary),
-        **byte_pairs(tokenizer),
         "corpus": checkpoint["corpus"]["name"],
         "passage": passage(checkpoint["corpus"]["path"], tokenizer, model.block_size),
         "valLoss": checkpoint["val_loss"] / checkpoint["corpus"].get("characters_per_token", 1),
@@ -60,17 +59,12 @@ def pack_model(
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "source": {n: source[n - 1].strip() for n in sorted(filter(None, lines))},
     }
+    if tokenizer.unit == "tokens":  # what the page needs to encode a text
+        about |= {"merges": tokenizer.source, "pattern": PATTERN, "bytes": BYTES}
     largest = torch.finfo(torch.float16).max
     halves = [tensor.clamp(-largest, largest).half().numpy() for tensor in tensors.values()]
     numbers = b"".join(each.astype("<f2").tobytes() for each in halves)
     return about, base64.b64encode(numbers).decode("ascii")
-
-
-def byte_pairs(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the page needs to encode a text with the tokens of bpe.py."""
-    if not isinstance(tokenizer, BytePairTokenizer):
-        return {}
-    return {"merges": tokenizer.source, "pattern": PATTERN, "bytes": BYTES}
 
 
 def passage(path: str, tokenizer: Tokenizer, block_size: int) -> str:
@@ -80,7 +74,7 @@ def passage(path: str, tokenizer: Tokenizer, block_size: int) -> str:
         text = corpus.tokenizer.decode(corpus.validation[:PASSAGE].tolist())
     except UserError:
         text = tokenizer.vocabulary
-    if not isinstance(tokenizer, BytePairTokenizer):
+    if tokenizer.unit == "characters":
         text = "".join(each for each in text if each in tokenizer.ids)
     return "".join(text)[: max(2, block_size)]
 

@@ -190,7 +190,7 @@ def main() -> None:
         ) from None
     model, tokenizer = rebuild(checkpoint, "cpu")
     config = saved_config(Config, checkpoint)
-    to_json = byte_pair_json if isinstance(tokenizer, BytePairTokenizer) else tokenizer_json
+    to_json = byte_pair_json if tokenizer.unit == "tokens" else tokenizer_json
     files = {
         "model.safetensors": save(gpt2_weights(model), {"format": "pt"}),
         "config.json": as_json(gpt2_config(config)),

@@ -328,7 +328,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
     tokenizer = open_prepared(options.tokenizer).tokenizer if options.tokenizer else None
-    if tokenizer and isinstance(tokenizer.source, str):
+    if tokenizer and tokenizer.unit == "characters":
         raise UserError(
             f"{options.tokenizer} has characters, not the tokens of bpe.py: leave out --tokenizer"
         )

@@ -83,9 +83,9 @@ def adopt_weights(model: LanguageModel, config: Any, saved: Checkpoint, now: Tok
     before = type(model)(saved_config(type(config), saved)).eval()
     restore(saved, {"model": before})
     after, known = type(model)(config).eval(), saved["config"]["vocab_size"]
-    rows = torch.arange(known)  # of the new tables, for each old token
-    if isinstance(saved["vocabulary"], str):
-        rows = torch.tensor([now.ids[character] for character in saved["vocabulary"]])
+    kept = saved["vocabulary"] == now.source
+    old_tokens = range(known) if kept else [now.ids[token] for token in saved["vocabulary"]]
+    rows = torch.tensor(old_tokens)  # of the new tables, for each old token
     refusal = UserError("the saved weights do not fit a model with these flags: drop the flags")
     weights = after.state_dict()
     if weights.keys() != before.state_dict().keys():

@@ -10,7 +10,7 @@ from typing import Any
 from common import Tokenizer
 from trainer.checkpoint import Checkpoint, read_checkpoint, saved_config
 from trainer.cli import UserError
-from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
+from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, make_tokenizer, open_corpus
 from trainer.distributed import World
 from trainer.flags import Parser, Seed, check_divides, flag, given
 from trainer.folder import RunFolder
@@ -182,21 +182,19 @@ def open_text(
         raise UserError(f"{corpus.path} is not this run's text: restore {before['path']}")
     if corpus.sha256 != world.broadcast(corpus.sha256):
         raise UserError(f"{corpus.path} is not the same text in all processes")
-    source = saved["vocabulary"] if saved else corpus.tokenizer.source
-    if not isinstance(source, str) or not isinstance(corpus.tokenizer.source, str):
-        if source != corpus.tokenizer.source:
-            how = f"python prepare.py TEXT --out DIR --tokenizer {saved['corpus']['path']}"
-            how = "pass a plain text as --data" if isinstance(source, str) else f"try {how}"
-            raise UserError(f"{corpus.path} has other tokens than that run; {how}")
+    if not saved or saved["vocabulary"] == corpus.tokenizer.source:
         return corpus, corpus.tokenizer
-    known = set(source)
-    unknown = "".join(sorted(set(corpus.vocabulary) - known))
+    old, now = make_tokenizer(saved["vocabulary"]), corpus.tokenizer
+    if "tokens" in (old.unit, now.unit):
+        how = f"try python prepare.py TEXT --out DIR --tokenizer {saved['corpus']['path']}"
+        how = how if old.unit == "tokens" else "pass a plain text as --data"
+        raise UserError(f"{corpus.path} has other tokens than that run; {how}")
+    unknown = "".join(sorted(now.ids.keys() - old.ids.keys()))
     if unknown and not settings.extend_vocabulary:
         lacks = f"lacks {len(unknown)} characters of {corpus.path}: {unknown!r}"
         raise UserError(f"the run in {settings.init_from} {lacks}; --extend-vocabulary adds them")
-    tokenizer = Tokenizer("".join(known) + unknown)
-    if tokenizer.vocabulary != corpus.vocabulary:
-        corpus.table = torch.tensor(tokenizer.encode(corpus.vocabulary))
+    tokenizer = Tokenizer(old.source + unknown)
+    corpus.table = torch.tensor(tokenizer.encode(now.vocabulary))
     return corpus, tokenizer
 
 

@@ -59,7 +59,6 @@ class Run:
         with self.folder:
             self.plan, self.saved = make_plan(*own, self.folder, self.world)
         self.config = self.plan.config
-        self.unit = "characters" if isinstance(self.plan.tokenizer.source, str) else "tokens"
         self.machine, self.device = self.plan.machine, self.plan.machine.device
         self.autocast = self.machine.autocast  # inside, matrix products are in the run's dtype
         self.parts: dict[str, Any] = {"history": self.history, "scaler": self.machine.scaler}
@@ -144,13 +143,13 @@ class Run:
             return
         best, plan, model = self.history.best, self.plan, type(self.model)(self.config)
         bits = best["val_loss"] / math.log(2) / plan.corpus.characters_per_token
-        loss = f"{best['val_loss']:.4f}{' per token' * (self.unit == 'tokens')}"
+        loss = f"{best['val_loss']:.4f}{' per token' * (plan.tokenizer.unit == 'tokens')}"
         when = f"step {best['step']} after {best['seconds']:.1f} s"
         say(f"* best validation loss {loss} ({bits:.3f} bits per character) at {when}")
         if self.step > self.first_step:
             seconds = self.computing / (self.step - self.first_step)
             speed = self.config.batch_size * self.config.block_size / seconds
-            say(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} {self.unit} per second")
+            say(f"{1000 * seconds:,.1f} ms per step, {speed:,.0f} {plan.tokenizer.unit} per second")
         if entropy := known_entropy(plan.corpus.path):
             say(f"entropy of Pocket Play, which no model can beat on average: {entropy:.4f}")
         restore(read_checkpoint(self.folder.path / "best.pt"), {"model": model})
@@ -172,7 +171,7 @@ class Run:
         several = f"{self.world.size} processes" if self.world.size > 1 else ""
         preset = plan.preset and f"preset {plan.preset}"
         details = (self.device.type, self.machine.dtype_name, preset, several)
-        length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} {self.unit}"
+        length = f"{len(plan.corpus.train) + len(plan.corpus.validation):,} {plan.tokenizer.unit}"
         self.say(f"{plan.name}: {parameters:,} parameters, {', '.join(filter(None, details))}")
         self.say(f"{plan.corpus.name}: {length}, vocabulary of {self.config.vocab_size}")
         if plan.init_from and not plan.settings.resume:

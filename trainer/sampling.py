@@ -21,9 +21,8 @@ class SampleSettings:
 
     def start_of_text(self, tokenizer: Tokenizer) -> str:
         """The validated prompt; by default a newline, which starts a line."""
-        has_characters = isinstance(tokenizer.source, str)  # the tokens of bpe.py fit any text
-        unknown = "".join(sorted(set(self.prompt) - tokenizer.ids.keys())) if has_characters else ""
-        if unknown:
+        unknown = "".join(sorted(set(self.prompt) - tokenizer.ids.keys()))
+        if unknown and tokenizer.unit == "characters":  # tokens can spell any text
             raise UserError(f"--prompt has characters that the training text lacks: {unknown!r}")
         return self.prompt or ("\n" if "\n" in tokenizer.ids else tokenizer.vocabulary[0])
 
