@@ -12,7 +12,6 @@ from trainer.cli import UserError, is_out_of_memory
 
 import torch
 
-FORMAT = "character-gpt-course-3"
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of the file
 Checkpoint = dict[str, Any]
 
@@ -21,7 +20,7 @@ def to_bytes(header: dict[str, Any], parts: dict[str, Any]) -> memoryview:
     """Serialize a checkpoint: a header describing the run, each part's state, and a SHA-256."""
     buffer = io.BytesIO()
     states = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"format": FORMAT, **header, "parts": states}, buffer)
+    torch.save({**header, "parts": states}, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     return buffer.getbuffer()
 
@@ -35,9 +34,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     if hashlib.sha256(memoryview(content)[:-DIGEST]).digest() == content[-DIGEST:]:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if checkpoint["format"] == FORMAT:
-            return checkpoint
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     raise UserError(f"the checkpoint {path} is damaged, or from an older version: train it anew")
 
 
@@ -45,10 +42,7 @@ def saved_config(config_class: type, checkpoint: Checkpoint) -> Any:
     """The run's config, without fields that the script has dropped; new ones get defaults."""
     saved = checkpoint["config"]
     known = {field.name: saved[field.name] for field in fields(config_class) if field.name in saved}
-    try:
-        return config_class(**known)
-    except TypeError as error:  # a new field without a default
-        raise misfit(checkpoint, error) from None
+    return config_class(**known)
 
 
 def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
@@ -61,20 +55,18 @@ def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
             if layout(part) not in ([], expected):  # it is empty before the first step
                 raise ValueError(f"{name} has a state of other shapes")
     except Exception as error:  # its type depends on what differs
-        raise (error if is_out_of_memory(error) else misfit(checkpoint, error)) from None
+        if is_out_of_memory(error):
+            raise
+        # In PyTorch's words: for example the name and the shapes of a parameter.
+        what = " ".join(re.sub("^Error.*:\n", "", str(error)).split())[:200]
+        fits = f"this run does not fit {checkpoint['stage']}.py, which may have changed since"
+        raise UserError(f"{fits}: {what}") from None
 
 
 def layout(part: Any) -> list[tuple[str, Any]]:
     """Names and shapes of an optimizer's state: if they do not match, its next step crashes."""
     states = part.state.values() if isinstance(part, torch.optim.Optimizer) else ()
     return [(name, torch.is_tensor(x) and x.shape) for each in states for name, x in each.items()]
-
-
-def misfit(checkpoint: Checkpoint, error: Exception) -> UserError:
-    """What differs, in PyTorch's words: for example the name and the shapes of a parameter."""
-    what = " ".join(re.sub("^Error.*:\n", "", str(error)).split())[:200]
-    script = f"{checkpoint['stage']}.py"
-    return UserError(f"this run does not fit {script}, which may have changed since: {what}")
 
 
 @torch.no_grad()
