@@ -2,10 +2,11 @@
 
     python benchmarks/vocabulary.py
 
-Every model is gpt.py's small preset with the same context length in tokens; only the embedding and
-`lm_head` depend on the vocabulary. Each is trained twice: for the same number of steps, in which
-token models see more text, and for the same time as the character model. Prints a table and writes
-results/vocabulary.svg. Finished runs, in runs/vocabulary, are not trained again.
+Every model is gpt.py's small preset; only the embedding and `lm_head` depend on the vocabulary. The
+context is 64 tokens, but in a control, characters have a context of 128, about as much text as 64
+of 512 tokens. Each model is trained twice: for the same number of steps, in which some see more
+text, and for the same time as the first. Prints a table and writes results/vocabulary.svg. Finished
+runs, in runs/vocabulary, are not trained again.
 """
 
 import argparse
@@ -14,10 +15,10 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from trainer import UserError
-from comparison.runs import TrainedRun, read_run
+from comparison.runs import read_run
 from comparison.table import Estimate, Row, rows_of
 from comparison.train import Job, train
 from trainer.corpus import TINY_SHAKESPEARE_SHA256, default_corpus, open_corpus
@@ -29,50 +30,62 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-CHARACTERS = 0  # stands for the character model
-SIZES = (CHARACTERS, 256, 512, 1024, 2048)
-COMMAND = "gpt --preset small"
 BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
-def data_of(size: int) -> Path:
-    """The text in tokens of this vocabulary, learned at first use."""
-    folder = Path("data", f"shakespeare-{size}")
-    if not size:
-        return default_corpus()
-    if not folder.exists():
-        command = [ROOT / "bpe.py", "--vocab-size", str(size), "--out", folder]
-        subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
-    return folder
+class Model(NamedTuple):
+    tokens: int  # in the vocabulary of bpe.py; 0 for characters
+    context: int = 64
+
+    @property
+    def name(self) -> str:
+        words = f"{self.tokens:,} tokens" if self.tokens else "characters"
+        return words if self.context == 64 else f"{words}, context {self.context}"
+
+    def data(self) -> Path:
+        """The text in tokens of this vocabulary, learned at first use."""
+        folder = Path("data", f"shakespeare-{self.tokens}")
+        if not self.tokens:
+            return default_corpus()
+        if not folder.exists():
+            command = [ROOT / "bpe.py", "--vocab-size", str(self.tokens), "--out", folder]
+            subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
+        return folder
+
+    def job(self, kind: str, steps: int, seed: int) -> Job:
+        folder = Path("runs", "vocabulary", f"{self.name}, {kind}, seed {seed}")
+        flags = f"--preset small --block-size {self.context} --max-iters {steps} --seed {seed}"
+        flags += f" --eval-interval {max(1, steps // 4)} --device cpu"
+        flags = ["--resume"] if folder.exists() else flags.split()
+        where = ["--data", str(self.data()), "--out", str(folder)]
+        name = f"gpt --preset small, {self.name}, {kind}"
+        return Job(name, seed, steps, steps * 32 * self.context, folder, (*flags, *where))
 
 
-def trained(kind: str, steps: dict[int, int], seeds: range) -> dict[int, list[TrainedRun]]:
-    """The runs of each vocabulary; trains those that are missing."""
-    jobs, runs = [], {size: [] for size in steps}
-    for seed in seeds:
-        for size, count in steps.items():
-            folder = Path("runs", "vocabulary", f"{size or 'characters'}-{kind}-{seed}")
-            try:
-                runs[size].append(read_run(folder))
-                if runs[size][-1].config["max_iters"] != count:
-                    sys.exit(f"{folder} has another number of steps: delete it, or move it away")
-                if runs[size][-1].is_finished:
-                    continue
-                how = ["--resume"]
-            except UserError:
-                every = max(1, count // 4)
-                how = f"--preset small --max-iters {count} --eval-interval {every} --seed {seed}"
-                how = [*how.split(), "--device", "cpu"]
-            where = ["--data", str(data_of(size)), "--out", str(folder)]
-            name = f"{COMMAND}, {size or 'characters'}, {kind}"
-            jobs.append(Job(name, seed, count, count, folder, (*how, *where)))
-    if jobs:
+CHARACTERS = Model(0)
+MODELS = [CHARACTERS, Model(256), Model(512), Model(1024), Model(2048), Model(0, context=128)]
+
+
+def trained(kind: str, steps: dict[Model, int], seeds: range) -> dict[Model, Row]:
+    """A row for each model; trains the runs that are missing."""
+    jobs = [model.job(kind, count, seed) for seed in seeds for model, count in steps.items()]
+    missing = [job for job in jobs if not is_finished(job)]
+    if missing:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
-            failed = train(jobs, at_once=2)
+            failed = train(missing, at_once=2)
         if failed:
             sys.exit(f"not trained: {'; '.join(failed)}")
-        return trained(kind, steps, seeds)
-    return runs
+    runs = [read_run(job.folder) for job in jobs]
+    return {model: rows_of(runs[i :: len(steps)])[0] for i, model in enumerate(steps)}
+
+
+def is_finished(job: Job) -> bool:
+    if not job.folder.exists():
+        return False
+    run = read_run(job.folder)
+    if run.config["max_iters"] != job.steps:
+        sys.exit(f"{job.folder} has another number of steps: delete it, or move it away")
+    return run.is_finished
 
 
 def bits(row: Row) -> Estimate:
@@ -85,19 +98,20 @@ def compared(row: Row, first: Row) -> str:
     return str(Estimate(*(each / math.log(2) for each in row.improvement)))
 
 
-def draw(rows: dict[str, list[Row]], path: Path) -> None:
+def draw(rows: dict[str, dict[Model, Row]], path: Path) -> None:
     plt.rcParams.update({"font.size": 11, "svg.hashsalt": "vocabulary"})
     figure, axes = plt.subplots(figsize=(7, 4))
-    x = range(len(SIZES))
+    shown = MODELS[:-1]  # without the control
+    x = range(len(shown))
     for (kind, each), color, side in zip(rows.items(), (BLUE, ORANGE), (-12, 12), strict=True):
-        losses = [bits(row) for row in each]
+        losses = [bits(each[model]) for model in shown]
         values, errors = zip(*losses, strict=True)
         axes.errorbar(x, values, errors, color=color, marker="o", capsize=4, linewidth=2)
         place = {"textcoords": "offset points", "ha": "right", "va": "center", "color": color}
         axes.annotate(kind, (x[-1], values[-1]), (-24, side), **place)
-    axes.set_xticks(x, ["characters", *(f"{size:,}" for size in SIZES[1:])])
+    axes.set_xticks(x, [model.name for model in shown])
     axes.margins(y=0.15)
-    axes.set_xlabel("vocabulary: characters, or byte-pair tokens")
+    axes.set_xlabel("vocabulary")
     axes.set_ylabel("validation loss (bits per character)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -120,31 +134,24 @@ def main() -> None:
     if options.seeds < 2:
         parser.error("--seeds must be at least 2, for the ± in the table")
 
-    seeds, steps = range(1, options.seeds + 1), dict.fromkeys(SIZES, options.steps)
-    runs = {"equal steps": trained("steps", steps, seeds)}
-    rows = {"equal steps": [rows_of(runs["equal steps"][size])[0] for size in SIZES]}
-    times = [row.step_time for row in rows["equal steps"]]
+    seeds, steps = range(1, options.seeds + 1), dict.fromkeys(MODELS, options.steps)
+    at_steps = trained("equal steps", steps, seeds)
+    first, times = at_steps[CHARACTERS], {model: row.step_time for model, row in at_steps.items()}
     steps = {
-        size: round(options.steps * times[0] / time)
-        for size, time in zip(SIZES, times, strict=True)
-        if size
+        model: round(count * times[CHARACTERS] / times[model]) for model, count in steps.items()
     }
-    again = trained("seconds", steps, seeds)
-    own = [rows_of(again[size])[0] for size in SIZES if size]
-    rows["equal time"] = [rows["equal steps"][0], *own]
-    draw(rows, ROOT / "results" / "vocabulary.svg")
+    others = {model: count for model, count in steps.items() if model != CHARACTERS}
+    at_time = {CHARACTERS: first} | trained("equal time", others, seeds)
+    draw({"equal steps": at_steps, "equal time": at_time}, ROOT / "results" / "vocabulary.svg")
     lines = []
-    for i, size in enumerate(SIZES):
-        at_steps, at_time = rows["equal steps"][i], rows["equal time"][i]
-        about = at_steps.runs[0].about
+    for model in MODELS:
+        about = at_steps[model].runs[0].about
         per_token = about["corpus"]["characters_per_token"]
-        line = [f"{size:,} tokens" if size else f"{about['config']['vocab_size']} characters"]
-        line += [f"{per_token:.2f}", f"{per_token * about['config']['block_size']:.0f}"]
-        line += [f"{about['parameters']:,}", f"{1000 * times[i]:.0f}"]
-        for row in (at_steps, at_time):
-            line += [bits(row), compared(row, rows["equal steps"][0]) if size else ""]
-        line += [f"{steps.get(size, options.steps):,}"]
-        lines.append(line)
+        line = [model.name, f"{per_token:.2f}", f"{per_token * model.context:.0f}"]
+        line += [f"{about['parameters']:,}", f"{1000 * times[model]:.0f}"]
+        for row in (at_steps[model], at_time[model]):
+            line += [bits(row), compared(row, first) if row is not first else ""]
+        lines.append([*line, f"{steps[model]:,}"])
     headings = "vocabulary|characters per token|context, characters|parameters|ms per step"
     headings += f"|bits per character after {options.steps:,} steps|improvement"
     headings += "|bits per character after equal time|improvement|steps in that time"
