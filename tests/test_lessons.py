@@ -155,7 +155,7 @@ def test_the_diff_is_the_lesson(before, after):
 
 
 SIZE_LIMITS = {"gpt.py": 220, "modern_gpt.py": 340, "common.py": 100}
-SIZE_LIMITS |= {"trainer/*.py": 1530, "tests/*.py": 5863}
+SIZE_LIMITS |= {"trainer/*.py": 1530, "tests/*.py": 5862}
 SIZE_LIMITS |= {"bpe.py": 150, "explore.py": 120}
 SIZE_LIMITS |= {"explorer/hooks.py": 120, "explorer/model.js": 250}
 
