@@ -1,6 +1,6 @@
 """How the cost of a training step of gpt.py grows with the context and with the parameters.
 
-    python benchmarks/cost.py
+    python benchmarks/cost.py > results/cost.md
     python benchmarks/cost.py --rounds 1      a quick look
 
 Every step trains on the same number of characters, with the dtype and the micro-batches that gpt.py
@@ -200,7 +200,7 @@ def main() -> None:
     results = {key: summary(rounds[key]) for key in points}
     by_context, by_size = ([results[key] for key in keys] for keys in (CONTEXTS, SIZES))
     draw(by_context, by_size, ROOT / "results" / "cost.svg")
-    print(f"{TOKENS:,} characters per step, matrix products in {by_size[0]['dtype']}\n")
+    print(f"{TOKENS:,} characters per step, matrix products in {by_size[0]['dtype']}:\n")
     print(table("context", [context for _, context in CONTEXTS], by_context), end="\n\n")
     sizes = [f"{layers} layers, {64 * layers} channels" for layers, _ in SIZES]
     print(table("size", sizes, by_size))

@@ -1,6 +1,6 @@
 """Training time of the small stages, and of the same models trained the way most tutorials do it.
 
-    python benchmarks/ladder.py
+    python benchmarks/ladder.py > results/small_stages.md
     python benchmarks/ladder.py --max-iters 500 --rounds 1      a quick look
 
 The tutorial side assembles batches row by row in Python, estimates the loss of both splits from 200
@@ -116,8 +116,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
-    print(f"{options.max_iters} steps, medians of {options.rounds} rounds, in seconds")
-    print(f"{'stage':20} {'tutorial':>9} {'course':>9} {'ratio':>7}")
+    print(f"Seconds for {options.max_iters:,} steps, medians of {options.rounds} rounds:\n")
+    print("| stage | tutorial | course | ratio |\n|---|---:|---:|---:|")
     seconds = {}
     for stage in SMALL:
         rounds = [
@@ -125,17 +125,18 @@ def main() -> None:
             for _ in range(options.rounds)
         ]
         seconds[stage] = [statistics.median(times) for times in zip(*rounds, strict=True)]
-        print_row(stage, *seconds[stage])
+        print_row(f"`{stage}.py`", *seconds[stage])
     tutorial, course = (sum(times) for times in zip(*seconds.values(), strict=True))
-    print_row("one after another", tutorial, course)
-    heads_tutorial, heads_course = seconds["multihead_attention"]  # the one without batched heads
-    print_row("without multihead", tutorial - heads_tutorial, course - heads_course)
+    print_row("all, one after the other", tutorial, course)
+    heads_tutorial, heads_course = seconds["multihead_attention"]  # its heads are not batched
+    rest = "all but `multihead_attention.py`"
+    print_row(rest, tutorial - heads_tutorial, course - heads_course)
     together = [side_by_side_seconds(options.max_iters) for _ in range(options.rounds)]
-    print_row("side by side", tutorial, statistics.median(together))
+    print_row("all, side by side", tutorial, statistics.median(together))
 
 
 def print_row(name: str, tutorial: float, course: float) -> None:
-    print(f"{name:20} {tutorial:9.2f} {course:9.2f} {course / tutorial:7.2f}", flush=True)
+    print(f"| {name} | {tutorial:.2f} | {course:.2f} | {course / tutorial:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

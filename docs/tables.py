@@ -40,9 +40,10 @@ def idea(command: str) -> str:
 
 
 def notes(name: str) -> None:
-    """Print the notes that compare.py writes below its table, as a list."""
+    """Print, as a list, the notes below a table of compare.py that do not explain its columns."""
     lines = (ROOT / "results" / name / "table.md").read_text(encoding="utf-8").splitlines()
-    cog.outl("\n".join(f"- {line}" for line in lines if line and not line.startswith("|")))
+    kept = ("Trained on", "Seeds:", "No difference shown")
+    cog.outl("\n".join(f"- {line}" for line in lines if line.startswith(kept)))
 
 
 def include(name: str) -> None:
