@@ -131,7 +131,7 @@ def summary(rounds: list[dict]) -> dict:
     }
 
 
-def table(title: str, names: list, rows: list[dict]) -> str:
+def table(title: str, names: list, rows: list[dict], peak: float) -> str:
     headings = f"{title} | parameters | characters per micro-batch | GFLOPs per step, counted"
     headings += " | by the formula | ms per step | peak memory, MB | GFLOP/s | of the peak matmul"
     lines = [f"| {headings} |", "|---|" + "---:|" * headings.count(" | ")]
@@ -140,7 +140,7 @@ def table(title: str, names: list, rows: list[dict]) -> str:
             f"| {name} | {row['parameters']:,} | {row['micro_batch']:,} "
             f"| {row['flops'] / 1e9:,.1f} | {row['formula'] / 1e9:,.1f} "
             f"| {row['milliseconds']:,.0f} | {row['megabytes']:,.0f} | {row['speed'] / 1e9:,.0f} "
-            f"| {row['speed'] / row['matmul_speed']:.0%} |"
+            f"| {row['speed'] / peak:.0%} |"
         )
     return "\n".join(lines).replace("| nan |", "| - |")
 
@@ -198,12 +198,14 @@ def main() -> None:
     for key in tqdm(points * options.rounds, disable=None):
         rounds[key].append(measure(*key))
     results = {key: summary(rounds[key]) for key in points}
+    peak = statistics.median(result["matmul_speed"] for result in results.values())
     by_context, by_size = ([results[key] for key in keys] for keys in (CONTEXTS, SIZES))
     draw(by_context, by_size, ROOT / "results" / "cost.svg")
     print(f"{TOKENS:,} characters per step, matrix products in {by_size[0]['dtype']}:\n")
-    print(table("context", [context for _, context in CONTEXTS], by_context), end="\n\n")
+    contexts = [context for _, context in CONTEXTS]
+    print(table("context", contexts, by_context, peak), end="\n\n")
     sizes = [f"{layers} layers, {64 * layers} channels" for layers, _ in SIZES]
-    print(table("size", sizes, by_size))
+    print(table("size", sizes, by_size, peak))
 
 
 if __name__ == "__main__":
