@@ -1,6 +1,6 @@
 """How much faster batched heads are than one head after the other.
 
-    python benchmarks/attention.py
+    python benchmarks/attention.py > results/attention.md
     python benchmarks/attention.py --rounds 1      a quick look
 
 Both compute the same function. Times the forward and backward pass of the attention in
@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="repeats (default 9)")
     options = parser.parse_args()
 
-    print(f"{'size':16} {'C':>4} {'H':>3} {'T':>4} {'B':>3} {'heads':>9} {'batched':>9}   ratio")
+    print("| size | channels | heads | context | batch | ms, one head after the other ", end="")
+    print("| ms, batched | ratio |\n|---|" + "---:|" * 7)
     for name, config in SIZES:
         heads = multihead_attention.MultiHeadAttention(config)
         batched = batched_attention.MultiHeadAttention(config)
@@ -56,10 +57,9 @@ def main() -> None:
             for _ in range(options.rounds)
         ]
         slow, fast = (statistics.median(times) for times in zip(*rounds, strict=True))
-        print(
-            f"{name:16} {config.n_embd:4} {config.n_head:3} {config.block_size:4} "
-            f"{config.batch_size:3} {slow:6.2f} ms {fast:6.2f} ms   {slow / fast:.2f}"
-        )
+        sizes = (config.n_embd, config.n_head, config.block_size, config.batch_size)
+        cells = [name, *sizes, f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.2f}"]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Training time of the small stages, and of the same models trained the way most tutorials do it.
+"""Training time of the small stages, and of the same models trained as in many tutorials.
 
     python benchmarks/ladder.py > results/small_stages.md
     python benchmarks/ladder.py --max-iters 500 --rounds 1      a quick look
 
 The tutorial side assembles batches row by row in Python, estimates the loss of both splits from 200
-random batches at each evaluation, and uses the optimizer's defaults. Both sides evaluate at the
-start and ten more times; the course also evaluates at steps 10, 30, 100 and 300. They take turns,
-and the times are medians over the rounds. A small stage uses one core, so the last line is for all
-scripts running side by side, one on each core; it includes their start-up.
+random batches at each evaluation, and uses the optimizer's defaults and all cores. Both sides
+evaluate at the start and ten more times; the course also evaluates at steps 10, 30, 100 and 300.
+They take turns, and the times are medians over the rounds. A small stage uses one core, so the last
+line is for all scripts running side by side, one on each core; it includes their start-up.
 """
 
 import argparse
