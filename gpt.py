@@ -8,10 +8,10 @@ The blocks stay the same. This stage adds what a larger model needs to train wel
 - a **learning-rate schedule**: linear warm-up, then cosine decay to a tenth of the peak;
 - **gradient clipping**, which caps the gradient norm in case of an unusual batch;
 - **gradient accumulation**: a batch too large to process at once is split into **micro-batches**;
-- a **KV cache**, so that sampling computes each position's keys and values only once.
+- a **KV cache**, so that sampling reuses the keys and values of earlier positions.
 
-Most of the lower loss should come from more width, depth, context and training text, not from these
-techniques.
+Most of the lower loss should come from more width, depth, context and characters seen, not from
+these techniques.
 
     python gpt.py                         the preset that suits this machine
     python gpt.py --preset full           10.8 M parameters, for a GPU
@@ -64,7 +64,7 @@ PRESETS = {
 
 
 class KVCache:
-    """The keys and values of the characters so far, so that none is computed twice."""
+    """The keys and values of the characters so far, for reuse while sampling."""
 
     def __init__(self) -> None:
         self.length = 0  # S: how many characters are in it
@@ -145,7 +145,7 @@ class Model(LanguageModel):
         self.dropout = Dropout(config.dropout)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj.weight")):
-                # The residual stream sums 2 * n_layer of these; the scale keeps its std fixed.
+                # The stream sums 2 * n_layer outputs; scaled, its std doesn't grow with n_layer.
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)

@@ -245,7 +245,7 @@ class Model(LanguageModel):
         self.dropout = Dropout(config.dropout)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj.weight")):
-                # The residual stream sums 2 * n_layer of these; the scale keeps its std fixed.
+                # The stream sums 2 * n_layer outputs; scaled, its std doesn't grow with n_layer.
                 std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(parameter, std=std)
             elif parameter.dim() == 2:

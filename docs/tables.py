@@ -25,7 +25,7 @@ def table(name: str, *columns: str) -> None:
 def cell(row: dict[str, str], column: str) -> str:
     if column == "run":
         name = row["run"].split(" --no-")
-        return f"`{row['run']}`" if len(name) < 4 else f"`{name[0]}` without all ideas"
+        return f"`{row['run']}`" if len(name) < 4 else f"`{name[0]}` without the ideas"
     return idea(row["run"]) if column == "idea" else row[column]
 
 

@@ -14,14 +14,14 @@
 # %% [markdown]
 # # 1 · A bigram model
 #
-# You build the smallest language model, a table of scores, and everything around it that the later
-# notebooks reuse: tokenizer, batches, loss, training loop and sampling. Allow about 45 minutes
-# to read and run, and one to two hours more for the exercises.
+# You build a minimal language model, a table of scores, and everything around it that the later
+# notebooks reuse: tokenizer, batches, loss, training loop and sampling. Allow about 45 minutes to
+# read and run, and one to two hours more for the exercises.
 #
 # ![A character selects a row in a V × V table of logits](../results/diagrams/bigram.svg)
 #
 # The loss drops from that of blind guessing, which you will predict, to about 2.48 nats per
-# character (*The loss* below explains both words).
+# character (see *The loss* below).
 #
 # The course follows Andrej Karpathy's [*Let's build
 # GPT*](https://www.youtube.com/watch?v=kCc8FmEb1nY), called "the lecture" here. You need not have
@@ -35,7 +35,7 @@
 #
 # A **language model** predicts what comes next in a text. Ours reads plays by Shakespeare, one
 # character at a time. The imports include three helpers: `open_corpus` loads the text,
-# `exact_loss(model, text)` is the mean loss over a whole text, and `steps(n)` is `n`, or less in
+# `exact_loss(model, tokens)` is the mean loss over a whole text, and `steps(n)` is `n`, or less in
 # the quick mode for tests.
 
 # %%
@@ -184,8 +184,8 @@ def exercise_1() -> None:
 # `hello there`, `e` follows `h` both times.
 #
 # For the whole text, the counts form a `V × V` table. Each row, divided by its sum, holds the
-# probabilities of the next character. Counts start at 1, so that a pair that never occurred is
-# unlikely, but not impossible.
+# probabilities of the next character. Counts start at 1 (**add-one smoothing**), so unseen pairs
+# are unlikely, not impossible.
 
 # %%
 print(Counter(pairwise("hello there")).most_common(3))
@@ -215,8 +215,8 @@ print(f"mean loss {sum(losses) / len(losses):.2f}")
 # The mean of $-\ln p$ over a text is the **cross-entropy**. It is reported in three forms:
 #
 # - **nats** per character, with the natural logarithm, as above;
-# - **bits** per character: nats / ln 2, about as many as a program needs that compresses the text
-#   with this model's predictions;
+# - **bits** per character: nats / ln 2, about what a program needs to compress the text with this
+#   model's predictions;
 # - **perplexity**: $e^{\text{loss}}$. The model is as uncertain as if it chose evenly among this
 #   many characters.
 #
@@ -268,7 +268,7 @@ print(f"by hand {by_hand:.4f}, F.cross_entropy {F.cross_entropy(rows, answers):.
 # ## The model
 #
 # This is the model of `bigram.py`. `nn.Embedding` is a table of parameters whose rows are looked up
-# by id. Sampling calls `forward` without targets and gets no loss.
+# by id. `LanguageModel` adds sampling, which calls `forward` without targets.
 
 
 # %%
@@ -368,7 +368,7 @@ def exercise_2() -> None:
 # </details>
 #
 # Summed over the text, these differences cancel when each row's probabilities equal the text's
-# frequencies. So training should arrive at the counted table.
+# frequencies. So training should approach the counted table.
 #
 # ## Training
 #
@@ -447,7 +447,8 @@ print(f"mean difference: {difference[frequent].mean():.4f} in the rows of freque
 print(f"                 {difference[~frequent].mean():.4f} in those of rare ones")
 
 # %% [markdown]
-# In both, `u` follows `q`. They differ most for rare characters: these get few updates.
+# In both, `u` follows `q`. Rare characters differ most: they get few updates, and smoothing changes
+# their rows more.
 #
 # ## Sampling
 #
@@ -476,7 +477,7 @@ plt.show()
 # ### Exercise 3: write `generate`
 #
 # Turn the step above into a loop, sampling one character at a time. You need neither sorting nor
-# float64: they do not change what is sampled, only which random number gives which character.
+# float64: they change which random number gives which character, not the probabilities.
 
 
 # %% tags=["exercise"]

@@ -14,8 +14,8 @@
 # # 2 · One head of self-attention
 #
 # The bigram table predicts from a single character. Here you build **self-attention**: each
-# position takes a weighted average of the positions so far, and the model learns the weights.
-# The validation loss falls from about 2.48 to about 2.40 nats per character.
+# position takes a weighted average of the positions so far, with weights computed from the text.
+# The validation loss falls from about 2.48 to about 2.39 nats per character.
 #
 # Allow about 45 minutes to read and run, plus one to two hours for the exercises.
 #
@@ -60,7 +60,7 @@ print(by_loop)
 # %% [markdown]
 # ### As a matrix product
 #
-# `tril` keeps the lower triangle of a matrix. With ones in it, a product with `x` adds up the past.
+# `tril` keeps the lower triangle of a matrix. A lower triangle of ones times `x` adds up the past.
 # Divide each row by its sum, and the sums become means.
 
 # %%
@@ -317,7 +317,7 @@ plt.show()
 
 # %% [markdown]
 # `q·k` has variance `D`, so its standard deviation is √D. At large `D`, one weight is close to 1:
-# softmax **saturates**. The derivative of a weight with respect to its own score is `w(1 − w)`,
+# softmax **saturates**. The derivative of a weight with respect to its own score, `w(1 − w)`, is
 # then close to 0, so queries and keys hardly learn. Divided by √D, scores have standard deviation 1
 # at any `D`.
 #
@@ -435,9 +435,8 @@ plt.show()
 #
 # ### Exercise 3 · A window
 #
-# How far back does the head need to look? Return a `bool` mask, `(T, T)`, that is `True` for the
-# last `W` positions up to the query's own. The check then prints the trained model's loss for
-# several `W`.
+# How far back does this head look? Return a `bool` mask, `(T, T)`, that is `True` for the last `W`
+# positions up to the query's own. The check then prints the trained model's loss for several `W`.
 
 
 # %% tags=["exercise"]
@@ -486,7 +485,7 @@ def exercise_3() -> None:
 # Now every position sees the whole block, the future included.
 #
 # **Predict before you run:** will the validation loss be above 2, between 1 and 2, or below 1? The
-# masked head reached about 2.40. Training takes about 5 seconds.
+# masked head reached about 2.39. Training takes about 5 seconds.
 
 # %%
 guess = ...  # "above 2", "between" or "below 1"
@@ -530,7 +529,7 @@ for name, curve in curves.items():
 #
 # ## Six notes on attention
 #
-# These notes are from the lecture.
+# These notes follow the lecture, except NoPE.
 #
 # **1 · Attention is communication on a directed graph.** The positions are nodes. Each node
 # receives a weighted sum of messages, the values, along its incoming edges.

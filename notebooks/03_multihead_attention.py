@@ -17,7 +17,7 @@
 # list of heads, which is easy to read, and as one tensor, which is fast. Then you take a trained
 # model apart, head by head.
 #
-# The validation loss drops from about 2.40 nats per character with one head to about 2.27 with
+# The validation loss drops from about 2.39 nats per character with one head to about 2.28 with
 # four. Allow about 45 minutes to read and run, plus one to two hours for the exercises.
 #
 # ![The model: attention now has four heads in a list](../results/diagrams/multihead_attention.svg)
@@ -67,7 +67,7 @@ for text in ("th", "ht"):
     print(f"  one head: {(one_head @ x).tolist()}, two heads: {(two_heads @ x).tolist()}")
 
 # %% [markdown]
-# One head cannot tell the two texts apart: swapping $a$ and $b$ does not change the mean
+# Equal weights cannot tell the two texts apart: swapping $a$ and $b$ does not change the mean
 # $\frac12(a + p_0) + \frac12(b + p_1)$. Unequal weights would keep the order but weaken one
 # character. Two heads keep both.
 #
@@ -411,7 +411,7 @@ plt.show()
 
 # %% [markdown]
 # The second head helps most. Between four and eight heads the gap is smaller than that between two
-# seeds, which is 0.01 to 0.02.
+# seeds, which is up to 0.02.
 #
 # ## What the heads attend to
 #
@@ -672,7 +672,7 @@ guess = ...  # "above" or "below"
 def zero_head(model: Model, h: int) -> Model:
     """A copy in which a hook zeroes head h's output, so training cannot bring it back.
 
-    A hook is a function that PyTorch calls before a layer runs; it can change the layer's input.
+    PyTorch calls the hook before `out_proj` runs; it can change that layer's input.
     """
 
     def zero(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -716,16 +716,17 @@ plt.show()
 
 # %% [markdown]
 # Zeroing any head makes the model worse than one trained with a single head. But retraining the two
-# linear layers removes most of the increase, so the other heads still had most of the information.
-# Ablation leaves the model **miscalibrated**: `out_proj` and `lm_head` were trained for a sum of
-# four contributions. Ablation measures how much this model relies on a head, not how good a model
-# can be without it.
+# linear layers removes most of the increase, so most of it was not lost information. Ablation
+# leaves the model **miscalibrated**: `out_proj` and `lm_head` were trained for a sum of four
+# contributions. Ablation measures how much this model relies on a head, not how good a model can be
+# without it.
 #
 # ## The scripts
 #
-# `git diff --no-index self_attention.py multihead_attention.py` adds `n_head` to the config and the
-# class `MultiHeadAttention`. `git diff --no-index multihead_attention.py batched_attention.py`
-# drops `Head` and rewrites that class.
+# `git diff --no-index self_attention.py multihead_attention.py` shows the additions: `n_head` and
+# the class `MultiHeadAttention`. In
+# `git diff --no-index multihead_attention.py batched_attention.py`, `Head` is gone and that class
+# is rewritten.
 
 # %% [markdown]
 # ## Quiz

@@ -228,8 +228,8 @@ print(f"{(hidden == 0).float().mean():.0%} of the hidden activations are 0")
 #
 # The MLP is **position-wise**: the same weights process each position, independently of all other
 # positions. `nn.Linear` acts on the last dimension only, and ReLU acts on single values. Test it:
-# change the input at one position and see which outputs change. The plot shows by how much, as an
-# RMS (root mean square), the typical size of numbers: the root of the mean of their squares.
+# change the input at one position and see which outputs change. The plot shows the **RMS** (root
+# mean square) of the change: the root of the mean of its squares.
 
 
 # %%
@@ -257,7 +257,7 @@ for panel, name in zip(axes, ("attention", "feed_forward"), strict=True):
 plt.show()
 
 # %% [markdown]
-# Blank squares are outputs that do not change at all. Attention carries a change to all later
+# Blank squares are outputs that do not change at all. Attention also carries a change to later
 # positions; the MLP keeps it where it is. Attention communicates; the MLP computes.
 #
 # ## Two thirds of a block
@@ -289,8 +289,8 @@ for name, size in sizes.items():
 #
 # ## Training
 #
-# This is the usual loop, in a function because several models use it. Each 5,000 steps take about
-# 10 seconds on two cores.
+# This is the usual loop, in a function because several models use it. A run of 5,000 steps takes
+# about 10 seconds on two cores.
 
 
 # %%
@@ -392,7 +392,7 @@ def exercise_2() -> None:
 # ## Break it: no activation
 #
 # Remove the ReLU and keep everything else, including the number of parameters. For comparison, also
-# train the previous stage's model, which has attention only. Both take about 20 seconds.
+# train the previous stage's model, which has attention only. Together, they take about 20 seconds.
 
 
 # %%
@@ -517,7 +517,7 @@ def exercise_3() -> None:
 # Row $j$ of `up_proj` decides when hidden unit $j$ is active. Column $j$ of `down_proj` is the
 # vector that the unit then adds to the output. In this model only `lm_head` follows. So an active
 # unit adds its activation times `lm_head.weight @ down_proj.weight[:, j]` to the logits. This
-# vector says how much the unit raises each next character, its **direct effect** on the logits.
+# vector says how much the unit raises each character's logit: its **direct logit attribution**.
 
 
 # %%
@@ -603,7 +603,7 @@ plt.show()
 # %% tags=["exercise"]
 def gelu(x: Tensor) -> Tensor:
     """x times the probability that a standard normal variable is less than x."""
-    # Φ is an integral from -∞, of which the part up to 0 is ½. In the rest, substitute z = t / √2.
+    # Φ is an integral from -∞, of which the part up to 0 is ½. In the rest, substitute u = t / √2.
     return ...
 
 
@@ -634,8 +634,8 @@ def exercise_4() -> None:
 #
 # ## A gate: SwiGLU
 #
-# LLaMA and many later models use **SwiGLU**. A second linear layer, the gate, goes through
-# SiLU and multiplies the hidden units element by element (⊙). There are no biases.
+# LLaMA and many later models use **SwiGLU**. A second linear layer, followed by SiLU, is the gate:
+# it multiplies the hidden units element by element (⊙). There are no biases.
 #
 # $$\text{SwiGLU}(x) = W_\text{down} \left( \text{silu}(W_\text{gate}\, x) \odot
 # W_\text{up}\, x \right)$$
@@ -726,8 +726,8 @@ def exercise_5() -> None:
 #
 # <details><summary>Answer</summary>
 #
-# The softmax only decides the weights of the average. Weights that depend on the content are
-# non-linear to some degree, but the values stay linear.
+# The softmax only decides the weights of the average. These weights make attention non-linear in
+# its input, but the values are only averaged.
 #
 # </details>
 #

@@ -15,8 +15,8 @@
 # # 5 · Residual connections
 #
 # **Goal:** stack blocks of attention and feed-forward, and find out why a deep stack trains so much
-# better when each sublayer *adds* its output to its input. Allow 45 minutes to read and run, one to
-# two hours more for all exercises; you can skip the challenge.
+# better when each sublayer *adds* its output to its input. Allow 45 minutes to read and run, plus
+# one to two hours for the exercises; you can skip the challenge.
 #
 # ![The model: three blocks, each with two skip connections](../results/diagrams/residual.svg)
 #
@@ -64,8 +64,8 @@ for layer in (1, 2):
     print(f"  added {added.numpy().round(2)}")
 
 # %% [markdown]
-# After two layers, almost nothing is left of the replaced vector. The other one is still close to
-# its input. A vector that is passed along and added to is called the **residual stream**.
+# After two layers, almost nothing is left of the replaced vector. The other one still resembles its
+# input. A vector that is passed along and added to is called the **residual stream**.
 #
 # A **block** has two **sublayers**, attention and feed-forward. Each gets its own skip connection.
 #
@@ -362,17 +362,16 @@ guess = ...  # such as -3 for a thousandth
 reveal(guess, (default_gradient[0] / default_gradient[-1]).log10(), within=1.5)
 
 # %% [markdown]
-# ### Exercise 3: a gain-corrected stack
+# ### Exercise 3: Kaiming initialization
 #
-# The factor by which a layer scales the RMS is its **gain**. He et al. (2015, *Rectifiers*) choose
-# the variance so that the signal keeps its RMS: $2/\text{fan\_in}$ for a layer that reads the
-# output of a ReLU, $1/\text{fan\_in}$ otherwise, and biases of 0. Initialize the four linear layers
-# of each block in this way.
+# **Kaiming initialization** (He et al. 2015, *Rectifiers*) chooses the variance so that the signal
+# keeps its RMS: $2/\text{fan\_in}$ for a layer that reads the output of a ReLU, $1/\text{fan\_in}$
+# otherwise, and biases of 0. Initialize the four linear layers of each block in this way.
 
 
 # %% tags=["exercise"]
 @torch.no_grad()
-def gain_corrected(model: Model) -> Model:
+def kaiming(model: Model) -> Model:
     """Initialize the four linear layers of each block in model.blocks; return the model."""
     ...  # qkv_proj and out_proj of block.attention, up_proj and down_proj of block.feed_forward
     ...  # sample each weight with the right variance; set the bias to 0 where there is one
@@ -383,7 +382,7 @@ def gain_corrected(model: Model) -> Model:
 @check
 def exercise_3() -> None:
     torch.manual_seed(1)
-    model = given(gain_corrected(Model(Config(vocab_size=V, n_layer=12, residual=False))))
+    model = given(kaiming(Model(Config(vocab_size=V, n_layer=12, residual=False))))
     gradient = gradient_by_block(model)
     ratio = (gradient[0] / gradient[-1]).item()
     assert 0.1 < ratio < 10, (
@@ -404,7 +403,7 @@ def exercise_3() -> None:
 #
 # ```python
 # @torch.no_grad()
-# def gain_corrected(model):
+# def kaiming(model):
 #     for block in model.blocks:
 #         attention, mlp = block.attention, block.feed_forward
 #         for layer in (attention.qkv_proj, attention.out_proj, mlp.up_proj, mlp.down_proj):
@@ -420,13 +419,13 @@ def exercise_3() -> None:
 # PyTorch has this as `kaiming_normal_`. Here are all three stacks.
 
 # %%
-KINDS = {"skips": BLUE, "no skips, default": ORANGE, "no skips, gain-corrected": GREEN}
+KINDS = {"skips": BLUE, "no skips, default": ORANGE, "no skips, Kaiming": GREEN}
 
 
 def new_model(kind: str, n_layer: int, seed: int = 1) -> Model:
     torch.manual_seed(seed)
     model = Model(Config(vocab_size=V, n_layer=n_layer, residual=kind == "skips"))
-    if kind == "no skips, gain-corrected":
+    if kind == "no skips, Kaiming":
         for name, layer in model.blocks.named_modules():
             if isinstance(layer, nn.Linear):
                 after = "relu" if name.endswith("down_proj") else "linear"
@@ -444,26 +443,26 @@ for kind, color in KINDS.items():
     print(f"{kind:26} first block {gradient[0]:.1e}, last {gradient[-1]:.1e}", end="")
     print(f", mean factor per block {per_block:.2f}")
 axes.text(8.2, default_gradient[7], "no skips, default", color=ORANGE, va="top")
-axes.text(12.3, gradient[-1] * 2, "no skips,\ngain-corrected", color=GREEN)
+axes.text(12.3, gradient[-1] * 2, "no skips,\nKaiming", color=GREEN)
 axes.text(12.3, gradient[-1] / 2, "skips", color=BLUE, va="top")
 axes.set_xticks(range(1, 13))
 axes.set(xlabel="block", ylabel="gradient norm")
 plt.show()
 
 # %% [markdown]
-# With the default initialization, the mean factor per block is the predicted one. With gain
-# correction, the gradient in the first block is about as large as in the last, without any skip
+# With the default initialization, the mean factor per block is the predicted one. With Kaiming
+# initialization, the gradient in the first block is about as large as in the last, without any skip
 # connection. So the gradient vanishes here because of the default initialization.
 #
 # AdamW rescales small gradients, as long as they are well above its ε of 1e-8; in the first blocks
 # of this stack they are not. On the way forward, the part of the signal that depends on the input
 # shrinks like the gradient, and nothing rescales it. Only the biases keep the RMS up.
 #
-# Does the gain-corrected stack train as well as the one with skip connections? Train all three
-# briefly, with three blocks and five seeds. Runs with the same seed see the same batches.
+# Does the stack with Kaiming initialization train as well as the one with skip connections? Train
+# all three briefly, with three blocks and five seeds. Runs with the same seed see the same batches.
 #
 # **Predict before you run:** what percentage of the difference between the default stack and the
-# stack with skip connections does gain correction remove?
+# stack with skip connections does Kaiming initialization remove?
 
 # %%
 guess = ...  # percent
@@ -500,11 +499,11 @@ def show_losses(losses: dict[str, Tensor]) -> None:
 show_losses(losses)
 
 # %% [markdown]
-# Gain correction removes more than half of the difference, but not all: with every seed, the stack
-# with skip connections is ahead. After 5,000 steps (two seeds), it removes about half, and the
-# stack matches a single block. He et al. (2015, *ResNet*) also saw deep stacks without skip
-# connections train worse although their gradients had healthy norms. They considered vanishing
-# gradients unlikely to be the cause.
+# Kaiming initialization removes more than half of the difference, but not all: with every seed, the
+# stack with skip connections is ahead. After 5,000 steps (not shown; two seeds), about half
+# remains, and the stack matches a single block. He et al. (2015, *ResNet*) also saw deep stacks
+# without skip connections train worse although their gradients had healthy norms. They considered
+# vanishing gradients unlikely to be the cause.
 #
 # ### Challenge · Exercise 4: a paired comparison
 #
@@ -597,11 +596,10 @@ axes.set(xlabel="after block (0: the embedding)", ylabel="differences (RMS)")
 plt.show()
 
 # %% [markdown]
-# Without skip connections, the positions become more alike with each block, in the gain-corrected
-# stack too. This is called **rank collapse**
-# ([Dong et al. 2021](https://arxiv.org/abs/2103.03404)). If it is what hurts, skip connections
-# around attention alone should help the gain-corrected stack, and those around feed-forward alone
-# should not.
+# Without skip connections, the positions become more alike with each block. With Kaiming
+# initialization, this is **rank collapse** ([Dong et al. 2021](https://arxiv.org/abs/2103.03404)).
+# If it is what hurts, skip connections around attention alone should help that stack, and those
+# around feed-forward alone should not.
 
 
 # %%
@@ -615,7 +613,7 @@ class Skip(nn.Module):
 
 
 def one_skip(around: str, seed: int) -> Model:
-    model = new_model("no skips, gain-corrected", 3, seed)
+    model = new_model("no skips, Kaiming", 3, seed)
     for i, block in enumerate(model.blocks):
         pair = block.attention, block.feed_forward
         wrap = (Skip(pair[0]), pair[1]) if around == "attention" else (pair[0], Skip(pair[1]))
@@ -625,13 +623,13 @@ def one_skip(around: str, seed: int) -> Model:
 
 # The ten models take about half a minute on two cores.
 partly = {
-    f"gain-corrected, {around} skips": torch.tensor(
+    f"Kaiming, {around} skips": torch.tensor(
         [train(one_skip(around, seed), steps(500), seed) for seed in seeds]
     )
     for around in ("feed-forward", "attention")
 }
-gain = "no skips, gain-corrected"
-show_losses({"skips": losses["skips"], gain: losses[gain]} | partly)
+kaiming_only = "no skips, Kaiming"
+show_losses({"skips": losses["skips"], kaiming_only: losses[kaiming_only]} | partly)
 
 # %% [markdown]
 # That is what happens: those around attention recover most of the remaining difference, though not
@@ -708,13 +706,13 @@ axes.set(ylabel="RMS")
 plt.show()
 
 # %% [markdown]
-# Each write is smaller than the stream that it is added to. The stream grows with depth. [The next
-# notebook](06_layer_norm.ipynb) normalizes what a sublayer reads.
+# Each write is smaller than the stream that it is added to. After block 1, the stream grows.
+# [The next notebook](06_layer_norm.ipynb) normalizes what a sublayer reads.
 #
 # ## The logit lens
 #
-# `lm_head` reads the last stream. It can also read an earlier one, because all streams have the
-# same channels. This is the **logit lens**: what would the model predict if it stopped here?
+# `lm_head` reads the stream at the end. It can also read it earlier, because the channels stay the
+# same. This is the **logit lens**: what would the model predict if it stopped here?
 
 # %%
 with torch.no_grad():
@@ -731,7 +729,7 @@ plt.show()
 
 # %% [markdown]
 # The loss falls with each sublayer. At first it is above the character frequencies: `lm_head` was
-# trained on the last stream only. Of 16,000 predictions, this one improves most:
+# trained only on the final stream. Of 16,000 predictions, this one improves most:
 
 # %%
 log_probability = [F.log_softmax(each, -1).gather(2, targets[..., None])[..., 0] for each in lens]
@@ -795,8 +793,8 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# No. Here the default initialization causes it, and gain correction removes it without a skip
-# connection.
+# No. Here the default initialization causes it, and Kaiming initialization removes it without a
+# skip connection.
 #
 # </details>
 #
@@ -813,8 +811,8 @@ plt.show()
 #
 # - He et al., [Deep Residual Learning for Image Recognition](https://arxiv.org/abs/1512.03385)
 #   (2015): ResNet, with batch normalization. See section 4.1.
-# - He et al., [Delving Deep into Rectifiers](https://arxiv.org/abs/1502.01852) (2015): the
-#   gain-corrected initialization.
+# - He et al., [Delving Deep into Rectifiers](https://arxiv.org/abs/1502.01852) (2015): Kaiming
+#   initialization.
 # - Elhage et al., [A Mathematical Framework for Transformer
 #   Circuits](https://transformer-circuits.pub/2021/framework/index.html) (2021): the residual
 #   stream as a shared memory.

@@ -15,8 +15,8 @@
 # # 6 · Layer normalization
 #
 # You build LayerNorm by hand, forward and backward, and put it before every sublayer. Then you see
-# what it enables: a deeper stack at a higher learning rate. Allow 45 minutes to read and run, one
-# to two hours more for all exercises; you can skip the challenge.
+# what it enables: a deeper stack at a higher learning rate. Allow 45 minutes to read and run, plus
+# one to two hours for the exercises; you can skip the challenge.
 #
 # ![The model of layer_norm.py](../results/diagrams/layer_norm.svg)
 #
@@ -108,11 +108,11 @@ print("nn.LayerNorm   ", nn.LayerNorm(8)(x).detach())
 print("of 100 * x + 7 ", nn.LayerNorm(8)(100 * x + 7).detach())
 
 # %% [markdown]
-# Scaling x or adding a constant to it changes nothing: LayerNorm keeps only the pattern across
-# channels.
+# A positive factor or an added constant changes almost nothing: LayerNorm keeps only the pattern
+# across channels.
 #
-# The next layer may need some channels larger than others. So LayerNorm ends with a learned
-# **scale** and **shift** per channel, called `weight` and `bias` in PyTorch. They start at 1 and 0.
+# To let training rescale and offset channels, LayerNorm ends with a learned **scale** and **shift**
+# per channel, called `weight` and `bias` in PyTorch. They start at 1 and 0.
 
 # %%
 weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 3])  # triples the last channel
@@ -430,8 +430,8 @@ plt.show()
 # %% [markdown]
 # ## Gradients at initialization
 #
-# These are gradients of each block's last matrix before training, averaged over three seeds: with
-# PyTorch's default weights, and with the larger ones of Xavier (variance 2 / (inputs + outputs)),
+# These are gradient norms of each block's last matrix before training, averaged over three seeds:
+# with PyTorch's default weights, and with Xavier's larger ones (variance 2 / (inputs + outputs)),
 # which Xiong et al. (2020) analyze.
 
 
@@ -468,10 +468,9 @@ plt.show()
 # %% [markdown]
 # With post-norm, the gradients are largest near the output. With pre-norm they do not grow: the
 # skip path carries the gradient past every block, and each sublayer reads a normalized input. The
-# final norm also divides them all by the stream's standard deviation, which makes most of them
-# smaller in deeper models. Xiong et al. conclude that large gradients make post-norm unstable at a
-# high learning rate, so it needs a **warm-up**: the learning rate starts near 0 and rises over the
-# first steps.
+# final norm also divides them all by the stream's standard deviation, which grows with depth. Xiong
+# et al. conclude that large gradients make post-norm unstable at a high learning rate, so it needs
+# a **warm-up**: the learning rate starts near 0 and rises over the first steps.
 #
 # ## Training
 #
@@ -529,9 +528,9 @@ axes[1].set(xlabel="scale", ylabel="block, norm before")
 plt.show()
 
 # %% [markdown]
-# Training makes the sublayers' outputs larger, so the stream grows more steeply than before. Only
-# "none" passes this growth on to its sublayers. Most scales have grown, especially in the final
-# norm, which makes the logits larger and the predictions more confident.
+# Training makes the sublayers' outputs larger, so the stream ends larger than before. Only "none"
+# passes this growth on to its sublayers. Most scales have grown, especially in the final norm,
+# which makes the logits larger and the predictions more confident.
 #
 # ### Exercise 3 · Fold scale and shift away
 #
@@ -628,9 +627,9 @@ for kind, values in deviations_by_depth(six).items():
 # %% [markdown]
 # - **Left.** Without norms, each sublayer amplifies values that earlier ones made too large. With
 #   pre-norm the stream has grown too, but every sublayer reads it normalized.
-# - **Right.** Without a warm-up, post-norm stays at the loss of a model that ignores the context.
-#   With one it learns; pre-norm needs none. AdamW divides each gradient by its own RMS, so the
-#   size of the first gradients is not the whole explanation.
+# - **Right** (one seed). Without a warm-up, post-norm stays near character frequencies alone. With
+#   one it learns; pre-norm needs none here. AdamW divides each gradient by its own RMS, so the size
+#   of the first gradients is not the whole explanation.
 #
 # ### Exercise 4 · RMSNorm
 #

@@ -17,7 +17,7 @@
 # clipping, and a KV cache for faster sampling.
 #
 # With `gpt.py`'s preset `small`, the validation loss drops from about 2.06 to about 1.63 nats per
-# character, probably thanks more to its size, context and training text than to these techniques.
+# character, probably thanks more to size, context and characters seen than to these techniques.
 #
 # Allow 45 minutes to read and run, two hours more for all exercises; you can skip the challenge.
 #
@@ -121,7 +121,7 @@ print("evaluation     ", dropout(x).tolist())
 
 # %%
 class KVCache:
-    """The keys and values of the characters so far, so that none is computed twice."""
+    """The keys and values of the characters so far, for reuse while sampling."""
 
     def __init__(self) -> None:
         self.length = 0  # S: how many characters are in it
@@ -143,8 +143,8 @@ for t in range(3):
 # %% [markdown]
 # ## Attention and block
 #
-# `attention` computes the same as in `layer_norm.py`, with dropout on the weights. It also accepts
-# fewer queries than keys, as the cache requires.
+# `attention` (`trainer/layers.py`) computes what `layer_norm.py` did, plus dropout on the weights.
+# It also accepts fewer queries than keys, as the cache requires.
 
 
 # %%
@@ -215,7 +215,7 @@ class Model(LanguageModel):
         self.dropout = Dropout(config.dropout)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj.weight")):
-                # The residual stream sums 2 * n_layer of these; the scale keeps its std fixed.
+                # The stream sums 2 * n_layer outputs; scaled, its std doesn't grow with n_layer.
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -342,15 +342,15 @@ print(f"ratio {norms[-1] / norms[0]:.4f}, and (1 - 0.01 * 0.1) ** 100 = {0.999**
 # ## Warm-up and cosine
 #
 # The learning rate rises linearly during **warm-up**. Then it decays along half a **cosine** to a
-# tenth of its peak: short steps average out the noise of single batches.
+# tenth of its peak: small steps average out the noise of single batches.
 #
 # Notebook 6 gave Xiong's reason for warm-up, large first gradients. That alone cannot be it, since
-# Adam divides by their size. Two others are given:
+# Adam divides by their size. Two other explanations:
 #
 # - At first, $m$ and $v$ are estimated from few gradients. At step 1, $m/\sqrt{v}$ is ±1 for every
-#   parameter, even if its gradient is pure noise, so early steps are long (left panel;
+#   parameter, even if its gradient is pure noise, so early steps are large (left panel;
 #   [Ma & Yarats](https://arxiv.org/abs/1910.04209)).
-# - Early in training the loss surface is sharp: a long step overshoots
+# - Early in training the loss surface is sharp: a large step overshoots
 #   ([Gilmer et al.](https://arxiv.org/abs/2110.04369)).
 
 
@@ -439,7 +439,7 @@ axes.set_xticks(range(0, 201, 50))
 plt.show()
 
 # %% [markdown]
-# Without clipping, the spike turns $m$ the wrong way for 20 steps. It stays in $v$ for longer, so
+# Without clipping, the spike turns $m$ the wrong way for 22 steps. It stays in $v$ for longer, so
 # the steps after that are small.
 #
 # ## Micro-batches
@@ -513,8 +513,8 @@ def train(
     tokens: Tensor = training,
     seed: int = 1,
     schedule: Callable[[int, Config], float] = learning_rate_at,
-    change: Callable[[nn.Module], None] = lambda model: None,  # of the initialization
-    watch: tuple[Tensor, ...] = (),  # texts to evaluate on, ten times
+    change: Callable[[nn.Module], None] = lambda model: None,  # alters the initial weights
+    watch: tuple[Tensor, ...] = (),  # texts evaluated ten times
 ) -> tuple[nn.Module, list[tuple[float, ...]]]:
     """A trained model, and at each evaluation the step and the losses."""
     torch.manual_seed(seed)
@@ -643,7 +643,7 @@ panels[0].set_ylabel("loss (nats per character)")
 plt.show()
 
 # %% [markdown]
-# Dropout slows memorization; here, early stopping works as well.
+# Dropout slows memorization; here, stopping early does as well.
 #
 # ## Break it
 #
@@ -662,7 +662,7 @@ def constant(step: int, config: Config) -> float:
     return learning_rate_at(min(step, config.warmup_iters), config)  # warm-up, but no decay
 
 
-VARIANTS = {  # changes of the config, and options of train
+VARIANTS = {  # changes to the config, options for train
     "nothing changed": ({}, {}),
     "PyTorch's initialization": ({}, {"change": pytorch_default}),
     "no weight decay": ({"weight_decay": 0.0}, {}),
@@ -700,9 +700,9 @@ axes.set(xlabel="increase of the validation loss (nats per character)")
 plt.show()
 
 # %% [markdown]
-# At the higher rate, omitting warm-up costs most, with every seed. PyTorch's initialization is
-# worse at the usual rate and better at the higher one. The other differences are small or change
-# sign with the seed.
+# At the higher rate, omitting warm-up or cosine decay hurts every seed, warm-up most. PyTorch's
+# initialization is worse at the usual rate and better at the higher one. The rest is small or
+# changes sign.
 #
 # ## The same model elsewhere
 #
@@ -928,9 +928,9 @@ def exercise_4() -> None:
 #
 # **Pre-training** is what you did: the model continues text. An assistant needs more:
 #
-# - **SFT**, supervised fine-tuning, continues training on prompts with answers that people wrote.
-#   The loss stays the same, usually counted on the answer only
-#   ([Ouyang et al.](https://arxiv.org/abs/2203.02155)).
+# - **SFT**, supervised fine-tuning, continues training on prompts with answers that people wrote
+#   ([Ouyang et al.](https://arxiv.org/abs/2203.02155)). The loss stays the same, usually counted on
+#   the answer only.
 # - **RLHF**: people rank answers, and a reward model learns to predict their ranking. Reinforcement
 #   learning then raises the reward, with a penalty for moving far from the SFT model (same paper).
 # - **DPO** needs only the rankings. Its loss raises the log-probability of the preferred answer,
@@ -939,8 +939,8 @@ def exercise_4() -> None:
 #
 # ### Exercise 5: pre-train, then fine-tune
 #
-# The next cell pre-trains on Pocket Play, a text generated by a grammar. Fine-tune that model with
-# AdamW, a constant learning rate and batches of 16.
+# The next cell pre-trains on Pocket Play, a generated text. Fine-tune that model on the course's
+# text with AdamW, a constant learning rate and batches of 16.
 
 # %%
 own_text = Path(corpus.path).read_text(encoding="utf-8")
@@ -1009,9 +1009,9 @@ def exercise_5() -> None:
 #
 # ## Encoders and decoders
 #
-# GPT is a **decoder**: a causal mask lets it generate. An **encoder**, such as BERT, has no mask
-# and reads a complete text. In **cross-attention**, a decoder's queries attend to keys and values
-# from an encoder.
+# GPT is a **decoder**: a causal mask lets it generate. An **encoder**, such as BERT, lacks this
+# mask and reads a complete text. In **cross-attention**, a decoder's queries attend to keys and
+# values from an encoder.
 #
 # ## The script
 #
@@ -1036,7 +1036,7 @@ def exercise_5() -> None:
 # 3. Why warm up?
 #
 # <details><summary>Answer</summary>
-# While m and v come from few gradients, steps are as long for noise as for signal.
+# While m and v come from few gradients, steps are as large for noise as for signal.
 # </details>
 #
 # 4. When is a cached key wrong?

@@ -52,7 +52,7 @@ from torch.nn import functional as F
 torch.set_printoptions(precision=2, sci_mode=False)
 corpus = open_corpus(None)
 tokenizer = Tokenizer(corpus.vocabulary)
-held_out = corpus.validation[: steps(20_000)]  # enough to compare short trainings
+held_out = corpus.validation[: steps(20_000)]  # enough to compare short runs
 
 V = len(corpus.vocabulary)  # vocabulary size
 sizes = {"vocab_size": V, "block_size": 32, "n_embd": 64, "n_head": 4, "n_layer": 3, "dropout": 0}
@@ -70,7 +70,7 @@ print(len(IDEAS), "ideas:", ", ".join(IDEAS))
 # $$\text{RMSNorm}(x) = \frac{x}{\sqrt{\frac{1}{C}\sum_c x_c^2}}$$
 #
 # LayerNorm also subtracts the mean and has a learned scale and bias. The published RMSNorm keeps
-# the scale; here it is left out, because a linear layer that follows can absorb it.
+# the scale; here it is left out, because a linear layer usually follows and absorbs it.
 
 # %%
 # rms_norm also adds 1e-6 under the root, so that it never divides by zero.
@@ -203,7 +203,8 @@ print("scores of each query position (row) with each key position (column):\n", 
 
 # %% [markdown]
 # Each diagonal of the scores holds one value. Rotating a query and a key by the same angle does not
-# change their dot product, so **the score depends only on the distance** of the two positions.
+# change their dot product, so **the score depends on the two positions only through their
+# distance**.
 #
 # ### Exercise 2 · Rotate
 #
@@ -302,8 +303,8 @@ plt.show()
 #
 # **A cache that slides.** A rotation exists for every position. So when the KV cache is full, it
 # can drop its oldest key and continue: only distances matter. The kept keys of deeper layers still
-# carry information from dropped characters, so this is windowed attention over a growing text;
-# training never went beyond `block_size`.
+# carry information from dropped characters, so this is sliding-window attention over a growing
+# text; training never went beyond `block_size`.
 
 # %%
 kept = []
@@ -347,7 +348,7 @@ print("\nembedding_skip with λ = 0.1:\n", (x + 0.1 * embedding).detach())
 #
 # The cache comes first. Its `length` also counts the dropped positions, because it is the next
 # position for RoPE. Attention gains `qk_norm`, `rope` and a **window**, the last argument of
-# `attention`: keys further back than `block_size` are masked, as if the cache had dropped them.
+# `attention`: keys beyond the last `block_size` are masked, as if the cache had dropped them.
 
 
 # %%
@@ -470,7 +471,7 @@ class Model(LanguageModel):
         self.dropout = Dropout(config.dropout)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj.weight")):
-                # The residual stream sums 2 * n_layer of these; the scale keeps its std fixed.
+                # The stream sums 2 * n_layer outputs; scaled, its std doesn't grow with n_layer.
                 std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(parameter, std=std)
             elif parameter.dim() == 2:
@@ -547,9 +548,9 @@ for name, row in zip(matrices, zip(*norms, strict=True), strict=True):
 #
 # $$G = U \Sigma V^\top = \sum_i \sigma_i\, u_i v_i^\top$$
 #
-# A gradient usually stretches a few directions a lot and the others hardly. **Muon** orthogonalizes
-# the update: it keeps the directions and makes every stretch about 1, so that rare directions are
-# learned too.
+# A gradient usually has a few large singular values; the others are small. **Muon** orthogonalizes
+# the update: it keeps the directions and makes every singular value about 1, which may help learn
+# rare directions.
 #
 # Muon needs no SVD. $X X^\top X$ has the directions of $X$ and singular values $\sigma^3$, so a
 # polynomial of the matrix changes only the singular values. Each **Newton-Schulz iteration** maps
@@ -634,8 +635,8 @@ plt.show()
 
 # %% [markdown]
 # After five iterations most singular values are nearly equal, about 0.7 to 1.2, not exactly 1. The
-# lines drop after as many directions as the batch has characters: in the first step, `up_proj` sees
-# little more than their embeddings.
+# lines drop after as many directions as there are distinct characters: in the first step, `up_proj`
+# sees little more than their embeddings.
 #
 # Muon orthogonalizes a running average of gradients. It trains the matrices in the blocks; AdamW
 # trains the embedding, `lm_head` and all vectors.
@@ -704,8 +705,8 @@ plt.show()
 #
 # ## Train
 #
-# This is the loop of the script, with an inner loop over the two optimizers. Both models get the
-# same batches.
+# This is notebook 7's loop, with an inner loop over the optimizers. Both runs below get the same
+# batches.
 
 
 # %%
@@ -759,8 +760,8 @@ plt.show()
 #
 # ## Look inside, and break it
 #
-# λ and the factors of `token_shift` started at 0. In training, blocks had 32 characters; without a
-# position table the model can read further. The orange dots are the same model without rotations.
+# λ and the factors of `token_shift` started at 0. The training context was 32; without a position
+# table the model reads on, attending to the last 32. Orange: the same model without rotations.
 
 # %%
 print("λ in each block:", ", ".join(f"{block.skip_lambda.item():.2f}" for block in modern.blocks))
@@ -799,7 +800,7 @@ print(text.strip())
 
 # %% [markdown]
 # Switching an idea off in a trained model does not measure its worth: a model trained without it
-# would have learned something else. For that you need an **ablation**: train without the idea, with
+# would have learned something else. For that you need an **ablation study**: train without it, with
 # several seeds. Two runs with the same seed form a pair. They share their batches, which cancels
 # part of the noise.
 

@@ -112,7 +112,7 @@ stream = found["token_embedding"] + found["position_embedding"]  # (B, T, C)
 for i in range(L):
     stream = stream + found[f"blocks.{i}.attention"] + found[f"blocks.{i}.feed_forward"]
 gap = (stream - found[f"blocks.{L - 1}"]).abs().max().item()
-print(f"\nembeddings + all sublayers miss the output of the last block by {gap:.0e}")
+print(f"\nembeddings + all sublayers − output of the last block: {gap:.0e}")
 
 # %% [markdown]
 # The residual stream is a sum, and each sublayer adds one term to it.
@@ -149,8 +149,8 @@ plt.show()
 
 # %% [markdown]
 # Some parts matter far more than others. But zeros are not what later layers were trained on: they
-# take the model **off its distribution**. **Mean ablation** sets the output to its mean instead. It
-# removes what depends on the text and keeps the rest.
+# are **out of distribution**. **Mean ablation** sets the output to its mean instead. It removes
+# what varies and keeps the constant part.
 #
 # ### Exercise 1 · Replace a head
 #
@@ -178,7 +178,7 @@ def exercise_1() -> None:
         same = given(with_head(model, some, i, h, own))
         assert same.shape == unchanged.shape, f"the shape is {tuple(same.shape)}"
         gap = (same - unchanged).abs().max().item()
-        assert gap < 1e-4, f"with the head's own output, nothing may change, but {gap:.2f} does"
+        assert gap < 1e-4, f"the head's own output must change nothing; the gap is {gap:.2f}"
         with off(model, f"{name}.head {h}"):
             expected = record(model, idx[:3])[f"{name}.out_proj"]
         gap = (with_head(model, some, i, h, torch.zeros(D)) - expected).abs().max().item()
@@ -252,20 +252,20 @@ plt.show()
 #
 # ## Direct logit attribution
 #
-# After the last block come `final_norm` and `lm_head`. With the mean and variance of the stream $x$
-# held fixed, both are linear. So each term $u$ of the stream adds a share of its own to the logit
-# of a token with row $w$ in `lm_head.weight`:
+# After the last block come `final_norm` and `lm_head`. With the variance of the stream $x$ held
+# fixed, both are linear. So each term $u$ of the stream adds separately to the logit of a token
+# with row $w$ in `lm_head.weight`:
 #
 # $$w \cdot \left(\gamma \odot
 # \frac{u - \text{mean}(u)}{\sqrt{\text{var}(x) + \varepsilon}}\right)$$
 #
 # The norm's bias $\beta$ adds $w \cdot \beta$.
 #
-# ### Exercise 2 · Share of a term
+# ### Exercise 2 · Direct effect
 
 
 # %% tags=["exercise"]
-def share(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
+def effect(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """What term u of stream x, both (..., C), adds to the logit with row w, (C): (...)."""
     # model.final_norm has γ as .weight and ε as .eps; var(x) is x.var(correction=0, ...).
     return ...
@@ -280,22 +280,22 @@ def exercise_2() -> None:
     toy_x = torch.randn(3, 9, 16)  # (B, T, C)
     for each, x in ((toy, toy_x), (model, found[f"blocks.{L - 1}"])):
         w = each.lm_head.weight[5]  # (C)
-        whole, u = given(share(each, x, x, w)), x.cos()  # (B, T), (B, T, C)
+        whole, u = given(effect(each, x, x, w)), x.cos()  # (B, T), (B, T, C)
         assert whole.shape == x.shape[:2], f"the shape is {tuple(whole.shape)}, not (B, T)"
-        gap = (share(each, u, x, w) + share(each, x - u, x, w) - whole).abs().max().item()
-        assert gap < 1e-2, f"the shares of two terms and that of their sum differ by {gap:.2f}"
-        moved = (share(each, x + 3, x, w) - whole).abs().max().item()
-        assert moved < 1e-2, "the norm removes the mean of u, but your share contains it"
+        gap = (effect(each, u, x, w) + effect(each, x - u, x, w) - whole).abs().max().item()
+        assert gap < 1e-2, f"the effects of two terms and that of their sum differ by {gap:.2f}"
+        moved = (effect(each, x + 3, x, w) - whole).abs().max().item()
+        assert moved < 1e-2, "the norm removes the mean of u, but your result contains it"
         logit = each.lm_head(each.final_norm(x))[..., 5]  # (B, T)
         gap = (whole + w @ each.final_norm.bias - logit).abs().max().item()
-        assert gap < 1e-2, f"all shares and w · β together miss the logit by up to {gap:.2f}"
+        assert gap < 1e-2, f"all effects and w · β together miss the logit by up to {gap:.2f}"
 
 
 # %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def share(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
+# def effect(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
 #     norm = model.final_norm
 #     deviation = (x.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()
 #     return (norm.weight * (u - u.mean(dim=-1, keepdim=True)) / deviation) @ w
@@ -325,46 +325,46 @@ x = at_end[f"blocks.{L - 1}"]  # (B, C)
 
 
 def direct(u: Tensor) -> float:
-    """The solution of exercise 2: the mean share in logit(l) − logit(space)."""
+    """The solution of exercise 2: the mean effect on logit(l) − logit(space)."""
     norm, u = model.final_norm, u - u.mean(dim=-1, keepdim=True)
     deviation = (x.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()  # (B, 1)
     return ((norm.weight * u / deviation) @ w).mean().item()
 
 
 position = model.position_embedding.weight[clean.shape[1] - 1]  # (C)
-shares = {"token": direct(at_end["token_embedding"]), "position": direct(position)}
+effects = {"token": direct(at_end["token_embedding"]), "position": direct(position)}
 for i in range(L):
     projection = model.blocks[i].attention.out_proj
     z = at_end[f"blocks.{i}.attention.heads"].unflatten(-1, (H, D))  # (B, H, D)
     for h, columns in enumerate(projection.weight.split(D, dim=1)):  # (C, D) each
-        shares[f"head {i}.{h}"] = direct(z[:, h] @ columns.T)
-    shares[f"MLP {i}"] = direct(at_end[f"blocks.{i}.feed_forward"])
-    shares[f"bias of out_proj {i}"] = direct(projection.bias)
-shares["bias of final_norm"] = (w @ model.final_norm.bias).item()
-sums = {"embeddings": shares["token"] + shares["position"]}
-sums["heads"] = sum(value for name, value in shares.items() if name.startswith("head"))
-sums["MLPs"] = sum(value for name, value in shares.items() if name.startswith("MLP"))
+        effects[f"head {i}.{h}"] = direct(z[:, h] @ columns.T)
+    effects[f"MLP {i}"] = direct(at_end[f"blocks.{i}.feed_forward"])
+    effects[f"bias of out_proj {i}"] = direct(projection.bias)
+effects["bias of final_norm"] = (w @ model.final_norm.bias).item()
+sums = {"embeddings": effects["token"] + effects["position"]}
+sums["heads"] = sum(value for name, value in effects.items() if name.startswith("head"))
+sums["MLPs"] = sum(value for name, value in effects.items() if name.startswith("MLP"))
 reveal(guess, max(sums, key=sums.get))
 
 # %%
 logits = at_end["logits"]
 measured = (logits[:, right] - logits[:, wrong]).mean().item()
-print(f"{len(shares)} shares sum to {sum(shares.values()):.4f}; measured {measured:.4f}")
-largest = sorted(shares, key=lambda name: -abs(shares[name]))[:12]
+print(f"{len(effects)} effects sum to {sum(effects.values()):.4f}; measured {measured:.4f}")
+largest = sorted(effects, key=lambda name: -abs(effects[name]))[:12]
 figure, axes = plt.subplots(figsize=(6.4, 3.6))
-values = [shares[name] for name in largest]
+values = [effects[name] for name in largest]
 axes.barh(range(len(largest)), values, color=[BLUE if v > 0 else ORANGE for v in values])
 axes.set_yticks(range(len(largest)), largest)
 axes.axvline(0, color=GRAY, linewidth=1)
 axes.invert_yaxis()
-axes.set(xlabel="share in logit(l) − logit(space)")
-axes.set_title("the largest shares", fontsize=11)
+axes.set(xlabel="direct effect on logit(l) − logit(space)")
+axes.set_title("the largest effects", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# The shares sum to the measured difference. But they are **direct** effects only: a head also
-# counts through what later sublayers compute from its output. In the saved model the heads' direct
-# shares are small here, although removing the attention of block 0 costs the most after its MLP.
+# The effects sum to the measured difference. But they are **direct** only: a head also acts through
+# what later sublayers compute from its output. In the saved model the heads' direct effects are
+# small here, although removing block 0's attention costs more than removing anything but its MLP.
 #
 # ## Logit lens
 #
@@ -519,9 +519,9 @@ for row, values in enumerate(grid):
 plt.show()
 
 # %% [markdown]
-# Before the first block, all of it is at the letter that differs. After the last block, only the
-# last position can count, since positions no longer interact. In the saved model, the attention of
-# block 0 has already copied it to the end.
+# Before the first block, the difference is all at one letter. After the last block, only the last
+# position can count, since positions no longer interact. In the saved model, the attention of block
+# 0 has already copied it to the end.
 #
 # ## Induction heads
 #
@@ -594,13 +594,13 @@ plt.show()
 # ### Exercise 5 · Induction score
 #
 # In a text with period $p$, an induction head at position $t \ge p$ attends to the position *after*
-# the last occurrence of its letter. Measure its mean weight there.
+# the previous occurrence of its letter. Measure its mean weight there.
 
 
 # %% tags=["exercise"]
 def induction_score(weights: Tensor, period: int) -> Tensor:
     """From attention weights (B, H, T, T), row = query, to a mean for each head, (H)."""
-    # weights.diagonal(offset, -2, -1) holds all entries whose key is `offset` from the query.
+    # weights.diagonal(offset, -2, -1) holds all entries with key = query + offset.
     return ...
 
 
@@ -617,7 +617,7 @@ def exercise_5() -> None:
     score = given(induction_score(attends(3, 4), 4))
     assert score.shape == (2,), f"the shape is {tuple(score.shape)}, not one value per head"
     same = induction_score(attends(4, 4), 4)[0].item()
-    assert same < 0.01, f"the same letter, {4} back, scores {same:.2f}; wanted is the one after it"
+    assert same < 0.01, f"the same letter, 4 back, scores {same:.2f}; use the one after it"
     assert not torch.allclose(score, torch.tensor([6 / 7, 3 / 7])), "position p - 1 is too early"
     assert torch.allclose(score, torch.tensor([1, 0.5])), f"perfect heads score {score.tolist()}"
 
@@ -716,7 +716,7 @@ print(f"loss {exact_loss(player, held_out[:20_000]):.3f}, entropy {floor:.3f} na
 
 verbs, dice = pocket_play.WORDS["transitive"] + pocket_play.WORDS["intransitive"], Random(1)
 others = verbs + pocket_play.WORDS["adverb"]
-# Short verbs with which no other word begins: after them, the grammar is certain.
+# Short verbs that begin no other word: after them, the grammar is certain.
 verbs = [v for v in verbs if len(v) == 4 and sum(each.startswith(v) for each in others) == 1]
 nouns = pocket_play.WORDS["creature"]
 
@@ -780,14 +780,13 @@ panels[1].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Left: the difference of P(s) that remains with a head mean-ablated. Right: what the decisive head
-# of layer 1 attends to from the end of the verb, the spaces before and after the noun. Hypothesis:
-# layer 0 notes at the second space whether the letter before was an `s`, and this head carries it
-# on.
+# Left: the difference of P(s) that remains with a head mean-ablated. Right: from the end of the
+# verb, the decisive head of layer 1 attends to the spaces around the noun. Hypothesis: layer 0
+# notes at the second space whether the letter before was an `s`, and this head carries it on.
 #
 # ### Exercise 6 · Swap the head
 #
-# The model needs this head. Does the head carry the *number*? At the last position, give it the
+# The model needs this head. Does it carry *singular/plural*? At the last position, give it the
 # output that it has in the other prompts.
 
 
@@ -839,9 +838,9 @@ for name, some, run, other in (("owl", owl, owl_run, owls_run), ("owls", owls, o
     print(f"block 0 at the space after the noun swapped {patched:.2f}")
 
 # %% [markdown]
-# Swapping the output of one head turns the answers around, and so does swapping the stream after
-# block 0 at one space. In this model (one seed, one form of sentence), the number takes this route.
-# The rule is not perfect: the grammar says 1 and 0.
+# Swapping the output of one head flips the answers, and so does swapping the stream after block 0
+# at one space. In this model (one seed, one form of sentence), that is the route. The model is not
+# perfect: the grammar says 1 and 0.
 #
 # ## On the page
 #
@@ -854,10 +853,9 @@ show(folder) if (folder / "best.pt").exists() else print("first train one: pytho
 # %% [markdown]
 # ## Quiz
 #
-# 1. How do mean and zero ablation differ?
-#    <details><summary>Answer</summary>The mean keeps what does not depend on the text, and later
-#    layers were trained with it.</details>
-# 2. A head's direct share in a logit is 0. Can you remove it?
+# 1. How do mean and zero ablation differ? <details><summary>Answer</summary>The mean keeps the
+#    constant part, which later layers were trained with.</details>
+# 2. A head's direct effect on a logit is 0. Can you remove it?
 #    <details><summary>Answer</summary>Not safely: later layers may use its output, as an induction
 #    head uses a previous-token head.</details>
 # 3. You patch the last block's output at an earlier position. Which logits change?

@@ -12,7 +12,7 @@ def gradient_at_input(x: Tensor, w1: Tensor, w2: Tensor, upstream: Tensor) -> Te
 
 # %% 3
 @torch.no_grad()
-def gain_corrected(model: Model) -> Model:
+def kaiming(model: Model) -> Model:
     for layer in model.blocks.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.normal_(0, layer.in_features**-0.5)
@@ -23,7 +23,7 @@ def gain_corrected(model: Model) -> Model:
 
 # %% 3
 @torch.no_grad()
-def gain_corrected(model: Model) -> Model:
+def kaiming(model: Model) -> Model:
     for layer in model.blocks.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.normal_(0, (2 / layer.in_features) ** 0.5)
@@ -34,7 +34,7 @@ def gain_corrected(model: Model) -> Model:
 
 # %% 3 right
 @torch.no_grad()
-def gain_corrected(model: Model) -> Model:
+def kaiming(model: Model) -> Model:
     for name, parameter in model.blocks.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()

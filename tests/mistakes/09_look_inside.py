@@ -32,27 +32,27 @@ def with_head(model: Model, found: Recording, i: int, h: int, z: Tensor) -> Tens
 
 
 # %% 2
-def share(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
+def effect(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return model.final_norm(u) @ w  # divided by the standard deviation of u
 
 
 # %% 2
-def share(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
+def effect(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
     norm = model.final_norm
     deviation = (x.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()
     return (norm.weight * u / deviation) @ w  # without the mean of u
 
 
 # %% 2
-def share(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
+def effect(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
     norm = model.final_norm
     deviation = (x.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()
     u = norm.weight * (u - u.mean(dim=-1, keepdim=True)) / deviation
-    return (u + norm.bias) @ w  # the bias in every share
+    return (u + norm.bias) @ w  # the bias in every effect
 
 
 # %% 2 right
-def share(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
+def effect(model: Model, u: Tensor, x: Tensor, w: Tensor) -> Tensor:
     norm = model.final_norm
     scale = norm.weight * w
     return (u @ scale - u.mean(-1) * scale.sum()) * (x.var(-1, correction=0) + norm.eps).rsqrt()
