@@ -853,8 +853,9 @@ show(folder) if (folder / "best.pt").exists() else print("first train one: pytho
 # %% [markdown]
 # ## Quiz
 #
-# 1. How do mean and zero ablation differ? <details><summary>Answer</summary>The mean keeps the
-#    constant part, which later layers were trained with.</details>
+# 1. How do mean and zero ablation differ?
+#    <details><summary>Answer</summary>The mean keeps the constant part, which later layers were
+#    trained with.</details>
 # 2. A head's direct effect on a logit is 0. Can you remove it?
 #    <details><summary>Answer</summary>Not safely: later layers may use its output, as an induction
 #    head uses a previous-token head.</details>

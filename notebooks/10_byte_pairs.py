@@ -144,9 +144,9 @@ draw_tokens({"words": words})
 # %% [markdown]
 # Tokens such as `e␣` or `,␣` attach a space to the end of a word. A larger vocabulary would have
 # "dog.", "dog," and "dog!" as separate tokens. So a regular expression first splits the text into
-# **words** (**pre-tokenization**), and no token crosses their borders. A word is a run of letters,
-# digits or punctuation, with one space before it if there is exactly one; or a run of white space.
-# GPT-2's pattern is similar, but keeps endings such as 's together.
+# **words** (**pre-tokenization**), and no token crosses word boundaries. A word is a run of
+# letters, digits or punctuation, with the space before it if that is the only whitespace; or a run
+# of whitespace. GPT-2's pattern is similar, but keeps endings such as 's together.
 #
 # Splitting also saves work: the same word always gets the same tokens, so each distinct word is
 # processed once.
@@ -224,8 +224,8 @@ for start in (256, 506, 1000, 4090):
     print(f"{start:5}: ", *(repr(token) for token in vocabulary[start : start + 9]))
 
 # %% [markdown]
-# First come pairs of letters, then short words and endings, later whole words. One line of text as
-# characters and as tokens:
+# First come pairs of letters, then short words and endings, then whole words. The first lines of
+# validation as characters and as tokens:
 
 # %%
 line = validation[: validation.index("\n", 40)][:70]
@@ -360,7 +360,7 @@ print(len(ids), "tokens; each decoded alone:", [tokenizer.decode([i]) for i in i
 print("together:", tokenizer.decode(ids))
 
 # %% [markdown]
-# `�` stands for bytes that are not UTF-8. To avoid it, wait until a character is complete.
+# `�` stands for invalid UTF-8. To avoid it, wait until a character is complete.
 #
 # ### Exercise 3 · Decode one by one
 
@@ -454,7 +454,7 @@ print(f"--- characters\n{validation[:64]}")
 # %% [markdown]
 # ## The cost
 #
-# A GPT has two matrices of V rows: the token embedding and `lm_head`, V · C parameters each. A
+# `gpt.py` has two matrices of V rows: the token embedding and `lm_head`, V · C parameters each. A
 # larger V also means more FLOPs in `lm_head` and in the softmax. The two matrices hold this
 # fraction of all parameters:
 
@@ -582,7 +582,7 @@ def exercise_4() -> None:
 # %%
 nats: dict[str, list[float]] = {"uniform": [], "unigram": []}
 for V in sizes:
-    counts = torch.bincount(encoded[V], minlength=V) + 1  # + 1: none is impossible
+    counts = torch.bincount(encoded[V], minlength=V) + 1  # + 1: no probability is 0
     nats["uniform"].append(math.log(V))
     nats["unigram"].append(-(counts / counts.sum()).log()[held_out[V]].mean().item())
 per_token = [len(validation) / len(held_out[V]) for V in sizes]
@@ -607,8 +607,8 @@ plt.show()
 # string, so it carries context with it.
 #
 # **This does not say that a GPT gets better too**: it sees the context anyway. A larger V gives it
-# a longer context, but more parameters and rare tokens. After 1,000 steps, `gpt.py` has 2.51 bits
-# on characters and 2.23 at V = 2,048 ([table](../docs/results.md)).
+# a longer context, but more parameters and rare tokens. In equal time, `gpt.py` reaches 2.51 bits
+# on characters and 2.25 at V = 1,024 ([table](../docs/results.md)).
 #
 # ## The script
 #

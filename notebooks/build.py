@@ -29,7 +29,9 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.exists("lesson.py"):
-    subprocess.run(["git", "clone", "-q", "https://github.com/{repository}", "course"], check=True)
+    if not os.path.exists("course"):
+        address = "https://github.com/{repository}"
+        subprocess.run(["git", "clone", "-q", address, "course"], check=True)
     os.chdir("course/notebooks")"""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import matplotlib
 import torch
 from IPython import get_ipython
-from IPython.display import HTML, display
+from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -45,8 +45,8 @@ def say(text: str, sign: tuple[str, str] = ("", GRAY)) -> None:
     symbol, color = sign
     line = f"{symbol} {text}".strip()
     style = f"color: {color}; font-weight: bold; white-space: pre-wrap; margin: 0"
-    page = HTML(f'<p style="{style}">{html.escape(line)}</p>')
-    display({"text/plain": line, "text/html": page.data}, raw=True)
+    page = f'<p style="{style}">{html.escape(line)}</p>'
+    display({"text/plain": line, "text/html": page}, raw=True)
 
 
 if QUICK:
