@@ -29,7 +29,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 PARTS = Path(__file__).resolve().parent / "explorer"
-PASSAGE = 64  # characters of the text that the page shows first
+PASSAGE = 64  # tokens of the validation split that the page shows first
 
 
 Packed = tuple[dict[str, Any], str]  # what the page needs to know about a run, and its weights

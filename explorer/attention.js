@@ -340,7 +340,7 @@ function landmarks() {
   const seen = new Map();
   let start = 0;
   return tokens().map((token, t) => {
-    if (t && tokenAt(t - 1) === "\n") start = t;
+    if (t && tokenAt(t - 1).endsWith("\n")) start = t;
     const copies = seen.get(token) ?? [];
     seen.set(token, [...copies, t]);
     return { start, copies };

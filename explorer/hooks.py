@@ -23,7 +23,7 @@ Change = tuple[nn.Module, Callable]  # a module and its hook, called with module
 
 @torch.no_grad()
 def record(model: LanguageModel, idx: Tensor) -> dict[str, Tensor]:
-    """On a CPU: every module's output by its name, and the "logits".
+    """Every module's output by its name, and the "logits"; the model must be on the CPU.
 
     Attention has two more: "NAME.weights", of shape (B, H, T, T), and with an output projection
     "NAME.heads", of shape (B, T, H*D): the head outputs, concatenated.

@@ -1,9 +1,9 @@
-// The panels about the inside: the diagram with its switches, following a number, and the lens.
+// The panels about the inside: the diagram with its switches, tracing a value, and the lens.
 
 "use strict";
 
-const TERMS = 8; // of a sum of products, the largest; the others are added up
-const VECTORS = ["query", "key", "value", "scores", "weights", "heads", "out"]; // of attention
+const TERMS = 8; // a sum shows its 8 largest products; one row adds up the others
+const VECTORS = ["query", "key", "value", "scores", "weights", "heads", "out"]; // the vectors that attention shows
 const GLOBAL_PARTS = {
   position_embedding: "position embedding",
   rope: "RoPE",
@@ -70,7 +70,7 @@ function buildDiagram() {
     const frame = isFirst ? [placed(h("div", { className: "block quiet" }, unit.block), u, last)] : [];
     return [...frame, box, ...skips];
   });
-  const ends = ["characters", "logits of the next character"].map((words) =>
+  const ends = ["text", `logits of the next ${nounOf(run)}`].map((words) =>
     h("p", { className: "end" }, words),
   );
   find("#diagram").replaceChildren(placed(ends[0], -1), ...elements, placed(ends[1], units.length));
@@ -182,9 +182,10 @@ const follow = latest(async (isStale) => {
   const values = await vectorOf(cell, position);
   if (isStale() || run !== state.run) return;
   const isLast = cell.step === run.steps.length - 1;
-  const channel = cell.channel ?? (isLast ? (shown.ids[position + 1] ?? ranking(values)[0] ?? 0) : 0);
+  const wanted = cell.channel ?? (isLast ? (shown.ids[position + 1] ?? ranking(values)[0] ?? 0) : 0);
   vector = [...values];
-  const chosen = { ...cell, channel: Math.min(channel, vector.length - 1), position, value: vector[channel] };
+  const channel = Math.min(wanted, vector.length - 1); // a causal row has fewer keys earlier in the text
+  const chosen = { ...cell, channel, position, value: vector[channel] };
   drawVector(chosen);
   const found = vector.length
     ? await explain(run, chosen)
@@ -205,7 +206,7 @@ function drawVector({ step: index, name, channel, position }) {
   const step = run.steps[index];
   const isAttention = step.kind === "attention";
   const kind = isAttention ? name : step.kind.replaceAll("_", " ");
-  find("#vector-title").textContent = `Follow a number: ${step.module || "model"}, ${kind}`;
+  find("#vector-title").textContent = `Trace a value: ${step.module || "model"}, ${kind}`;
   find("#where").textContent = `Position ${position + 1} ${quoted(tokenAt(position))}`;
   find("#head-choice").hidden = !isOfKeys(name);
   const line = (isAttention && step.lines[step.lines[name] ? name : "projection"]) || step.line;
@@ -230,7 +231,7 @@ function describeCell(row, column) {
         : `${heads && cell.name !== "out" ? `head ${headOf(run, cell.step, i)}, ` : ""}[${i}]`;
   find("#cell").textContent =
     i in vector
-      ? `${plural(vector.length, "number")}, at most ±${number(highest(vector.map(Math.abs)))}. ${label}: ${number(vector[i])}`
+      ? `${plural(vector.length, "value")}, largest magnitude ${number(highest(vector.map(Math.abs)))}. ${label}: ${number(vector[i])}`
       : "";
 }
 
@@ -239,7 +240,7 @@ function describeCell(row, column) {
 async function explain(run, cell) {
   const step = run.steps[cell.step];
   const { name, channel, position, value } = cell;
-  const lines = [["this number", value]];
+  const lines = [["this value", value]];
   const head = name === "heads" && `${step.module}.head ${headOf(run, cell.step, channel)}`;
   const off = [step.part, head].some((part) => run.off.has(part));
   if (off) return { formula: "Switched off: the output is 0.", lines };
@@ -269,20 +270,15 @@ async function explain(run, cell) {
 // One number of an input, as a line of an explanation.
 async function numberOf(run, input, position, channel) {
   if ("number" in input) return ["number", input.number];
+  if (position < 0) return ["no earlier position", 0];
   const values =
     "tensor" in input
       ? await ask(run, "numbers", { tensor: input.tensor })
-      : position < 0
-        ? [0]
-        : (await ask(run, "vectors", { step: input.step, position })).out;
+      : (await ask(run, "vectors", { step: input.step, position })).out;
   const i = channel % values.length; // one number may belong to all channels
   if ("tensor" in input) return [`${input.tensor}[${i}]`, values[i]];
   const { module, kind } = run.steps[input.step];
-  return [
-    `${module || kind}[${i}]`,
-    values[i],
-    { step: input.step, name: "out", channel: i, position: Math.max(0, position) },
-  ];
+  return [`${module || kind}[${i}]`, values[i], { step: input.step, name: "out", channel: i, position }];
 }
 
 // A sum of products: x · weight + bias, or for a head's output, attention weights · values.
@@ -375,7 +371,7 @@ async function explainNorm(run, { step: index, channel, position, value }, input
     (isCentered ? "(x − mean) / standard deviation" : "x / RMS") +
     (step.weight ? " × weight" : "") +
     (step.bias ? " + bias" : "");
-  return { formula, lines: [...lines, ...numbers, ["this number", value]] };
+  return { formula, lines: [...lines, ...numbers, ["this value", value]] };
 }
 
 function drawExplanation({ formula, terms = [], lines = [] }) {
@@ -434,7 +430,7 @@ function drawLens() {
     ),
   );
   const focused = all("td", box).indexOf(document.activeElement);
-  box.replaceChildren(labels("text", tokens()), ...body, labels("true next", [...tokens().slice(1), ""]));
+  box.replaceChildren(labels("text", tokens()), ...body, labels("actual next", [...tokens().slice(1), ""]));
   const cells = all("td", box);
   if (cells.length) (cells[focused] ?? cells[0]).tabIndex = 0;
   cells[focused]?.focus({ preventScroll: true });
@@ -453,7 +449,7 @@ function showLensCell(cell) {
   const words = (id) => `${quoted(run.vocabulary[id])} ${percent(probabilities[id])}`;
   const target = shown.ids[i + 1];
   const truth =
-    target === undefined || best.includes(target) ? "" : `; the true next character, ${words(target)}`;
+    target === undefined || best.includes(target) ? "" : `; the actual next ${nounOf(run)}, ${words(target)}`;
   find("#lens-cell").textContent =
     `${run.layers[layer].name}, position ${i + 1} ${quoted(tokenAt(i))}: ${best.map(words).join(", ")}${truth}`;
 }

@@ -123,7 +123,7 @@ class Recorder(TorchFunctionMode):
         self.kept: list[Tensor] = []  # alive, so that no id is used twice
         self.running: list[str] = []  # the names of the modules that are running
         self.whole: list[str] = []  # those that are a single step, and what is in them
-        self.lines: dict[str, int] = {}  # of the functions called in it
+        self.lines: dict[str, int] = {}  # line number of each function called inside one
 
     def run(self, idx: Tensor) -> None:
         self.idx, handles = idx, []

@@ -1,8 +1,8 @@
-// The panels about the text: its surprise, the alternatives, generation, and comparing runs.
+// The panels about the text: its surprisal, the alternatives, generation, and comparing runs.
 
 "use strict";
 
-const STRONGEST = 8; // bits of surprise that get the full color
+const STRONGEST = 8; // bits of surprisal that get the full color
 const FULL_DIFFERENCE = 4; // bits between two runs that get the full color
 const ALTERNATIVES = 10;
 const DWELL = 60; // milliseconds: a pointer on its way elsewhere selects nothing
@@ -93,7 +93,7 @@ function drawCharacters(box, count, change, role = "img") {
     each.dataset.i = i;
     each.title = `${glyph(token)} ${words}`;
     each.setAttribute("aria-label", each.title);
-    each.classList.toggle("newline", token === "\n");
+    each.classList.toggle("newline", token.endsWith("\n"));
     each.firstChild.textContent = glyph(token);
     each.firstChild.style.backgroundColor = color;
   });
@@ -124,7 +124,7 @@ function drawLegend() {
     each.style.backgroundColor = mix("heat", value / STRONGEST);
     return each;
   });
-  find("#legend").replaceChildren("surprise", ...steps);
+  find("#legend").replaceChildren("surprisal", ...steps);
 }
 
 // A list of tokens with their probabilities, as buttons that stay where they are.
@@ -196,7 +196,7 @@ function settings() {
   return { temperature, topK, seed: Math.trunc(+find("#seed").value) };
 }
 
-// The sliders. "All" candidates stay all when the model changes.
+// The sliders. With another vocabulary size, top-k is all tokens again.
 function drawControls() {
   const slider = find("#top-k");
   const V = state.run.vocabulary.length;
@@ -268,7 +268,7 @@ async function* continuation(run, start, count, { temperature = 1, topK = 0, see
   }
 }
 
-// The surprise of this run minus that of another, for every character of the text.
+// The surprisal under this run minus that of another, for every character of the text.
 const compare = latest(async (isStale) => {
   if (runs.length < 2) return;
   const text = [...state.text].slice(-COMPARED).join("");
@@ -282,11 +282,12 @@ const compare = latest(async (isStale) => {
   const isAligned = a.ids.every((id, i) => first.vocabulary[id] === second.vocabulary[b.ids[i]]);
   drawCharacters(find("#differences"), a.ids.length, (i) => {
     const difference = isAligned && i ? bits(left[i] - right[i]) : 0;
-    const words = `${number(bits(left[i]), 2)} − ${number(bits(right[i]), 2)} = ${number(difference, 2)} bits`;
+    const own = number(bits(left[i] ?? 0), 2);
+    const both = isAligned ? `${own} − ${number(bits(right[i] ?? 0), 2)} = ${number(difference, 2)} bits` : `${own} bits`;
     return {
       token: first.vocabulary[a.ids[i]],
       color: diverging(difference / FULL_DIFFERENCE, "heat", "cold"),
-      words,
+      words: i ? both : "not predicted",
     };
   });
   const [total, other] = totals(pair, [a.ids, b.ids], [left, right]);
@@ -309,6 +310,8 @@ function totals(pair, ids, losses) {
 // The same prompt, seed, temperature and top-k for all runs, side by side.
 async function continueAll() {
   const { text } = state;
+  const how = settings();
+  if (how.topK === state.run.vocabulary.length) how.topK = 0; // all, also in a larger vocabulary
   find("#continuations").replaceChildren();
   await Promise.all(
     runs.map(async (run) => {
@@ -321,7 +324,7 @@ async function continueAll() {
         return;
       }
       const next = [];
-      for await (const id of continuation(run, ids, CONTINUED, settings())) {
+      for await (const id of continuation(run, ids, CONTINUED, how)) {
         next.push(id);
         added.textContent = decode(run, next);
       }

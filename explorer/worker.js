@@ -6,8 +6,8 @@
 "use strict";
 
 const models = [];
-const sessions = new Map(); // the last few, by model, purpose and what is switched off
-const KEPT = 8;
+const sessions = new Map(); // the latest, by model, purpose and what is switched off
+const KEPT = 8; // and one more for each model, since all continue the text at once
 
 const calls = {
   load({ models: abouts, weights }) {
@@ -78,9 +78,9 @@ const calls = {
     };
   },
 
-  // Some numbers of a tensor, such as a row of an embedding table.
-  numbers({ model, tensor, start, end }) {
-    return models[model].tensors[tensor].data.slice(start, end);
+  // All values of a tensor.
+  numbers({ model, tensor }) {
+    return models[model].tensors[tensor].data;
   },
 
   // The next token of a text, sampled as common.py does; the numbers come from the seed. Each
@@ -116,7 +116,7 @@ function sessionFor(index, ids, off, purpose = "") {
   else for (const id of missing) session = advance(model, session, id);
   sessions.delete(key); // so that the newest is the last
   sessions.set(key, { session, text: [...ids] });
-  if (sessions.size > KEPT) sessions.delete(sessions.keys().next().value);
+  if (sessions.size > KEPT + models.length) sessions.delete(sessions.keys().next().value);
   return session;
 }
 
