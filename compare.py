@@ -4,7 +4,7 @@
     python compare.py runs/gpt runs/my_gpt         exactly these runs
     python compare.py gpt "my_gpt --n-embd 96"     these scripts, with these flags
     python compare.py --modern                     modern_gpt.py with each idea removed in turn
-    python compare.py --max-iters 200 --seeds 1    a quick look, without improvements
+    python compare.py --max-iters 200 --seeds 1    a quick look at every stage
 
 Prints a table, and writes it with the loss curves, samples and code to report.html. Runs that
 differ only in their seed share a row. Finished runs below runs/ are not trained again. You can stop
@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import textwrap
-import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,7 @@ from comparison.ensemble import ensemble_loss
 from comparison.report import first_line, report
 from comparison.runs import TrainedRun, read_run, wanted_config
 from comparison.table import Row, as_csv, as_markdown, as_text, notes, results_csv, rows_of, table
-from comparison.train import RUNS, Job, free_folder, train
+from comparison.train import RUNS, Job, free_folder, make_folder, short, train
 from data.pocket_play import known_entropy
 from trainer.corpus import TINY_SHAKESPEARE_SHA256, Corpus, open_corpus
 from trainer.flags import Parser, flag, given
@@ -55,7 +54,7 @@ SMALL_STAGES = (
 STAGES = (*dict.fromkeys(each.split()[0] for each in SMALL_STAGES), "gpt", "modern_gpt")
 MOST_AT_ONCE = 4  # a limit, because each run loads its own copy of PyTorch
 QUICK = (
-    "A quick look: it shows no improvements, because after so few steps simple models can be ahead."
+    "A quick look, without the improvement column: after so few steps, simple models can be ahead."
 )
 
 
@@ -63,10 +62,10 @@ QUICK = (
 class CompareSettings:
     seeds: int | None = None  # runs per row, with seeds 1 to N (default 3; with --no-train: all)
     data: Path | None = None  # UTF-8 text to train on, or a folder that prepare.py made
-    max_iters: int | None = None  # training steps of each run (default: its own)
+    max_iters: int | None = None  # training steps of each run (default: each script's own)
     modern: bool = False  # ablation study: modern_gpt.py with each idea removed in turn
     no_train: bool = False  # compare only existing runs
-    out: Path | None = None  # folder for table, pictures and report (default: below runs/compare)
+    out: Path | None = None  # folder for table, pictures and report (default: in runs/compare)
 
 
 def parse() -> argparse.Namespace:
@@ -104,7 +103,7 @@ class Comparison:
         return {command: config | size for command, config in own.items()}
 
     def find(self) -> dict[tuple[str, int], TrainedRun]:
-        """The runs that exist, by command and seed; unfinished ones only if they are our own."""
+        """The runs that exist, by command and seed; unfinished ones only if it made them."""
         found: dict[tuple[str, int], TrainedRun] = {}
         for path in sorted(Path("runs").rglob("[!.]*/config.json")):  # "." skips killed starts
             with contextlib.suppress(UserError):  # such as a damaged run
@@ -148,7 +147,7 @@ class Comparison:
 def main() -> None:
     options = parse()
     if options.out:
-        make_folder(options.out)
+        prepare(options.out)
     runs = named_runs(options) if any(map(os.path.isdir, options.what)) else []
     corpus = open_corpus(options.data or text_of(runs))
     settings = SampleSettings(**given(options, SampleSettings))
@@ -169,7 +168,7 @@ def main() -> None:
     if failed:
         raise UserError(f"not trained: {'; '.join(failed)} (see the lines marked FAILED)")
     if not rows:
-        raise UserError("nothing to compare: there are no such runs; leave out --no-train")
+        raise UserError("nothing to compare: no run matches; leave out --no-train")
 
 
 def named_runs(options: argparse.Namespace) -> list[TrainedRun]:
@@ -197,13 +196,14 @@ def trained_rows(options: argparse.Namespace, corpus: Corpus) -> tuple[list[Row]
     more, failed = [], []
     if steps := options.max_iters:
         more = ["--max-iters", str(steps), "--eval-interval", str(max(1, steps // 10))]
-    seeds = range(1, 1 + (options.seeds or (2**31 if options.no_train else 3)))
+    every = options.no_train and not options.seeds
+    seeds = range(2**63) if every else range(1, 1 + (options.seeds or 3))
     comparison = Comparison(corpus, device, commands_of(options, device), more, seeds)
     found = comparison.find()
     if not options.no_train:
         jobs = comparison.jobs(found)
         finished = sum(run.is_finished for run in found.values())
-        print(f"runs on {corpus.name}: {len(jobs)} to train, {finished} exist", flush=True)
+        print(f"runs on {corpus.name}: {len(jobs)} to train, {finished} finished", flush=True)
         at_once = min(MOST_AT_ONCE, torch.get_num_threads()) if device == "cpu" else 1
         failed = train(jobs, at_once) if jobs else []
         found = comparison.find()
@@ -240,23 +240,18 @@ def link(rows: list[Row], over_first: bool) -> None:
         row.baseline = (rows[0] if over_first else before[-1]) if i else None
 
 
-def make_folder(out: Path) -> None:
+def prepare(out: Path) -> None:
     """Make a folder for the comparison's files; its losses.csv must not replace that of a run."""
     if any(os.path.exists(out / name) for name in ("config.json", "checkpoint.pt")):
         raise UserError(f"{out} holds a run: choose another folder with --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    make_folder(out)
 
 
 def default_folder(corpus: Corpus, options: argparse.Namespace) -> Path:
-    """A folder for this comparison only: another one never replaces its report."""
+    """A folder that is named after the text and the commands."""
     steps = f"{options.max_iters} steps" if options.max_iters else ""
     modern, existing = "modern" * options.modern, "existing" * options.no_train
-    words = " ".join([corpus.name, modern, *options.what, steps, existing])
-    name = "-".join(re.findall(r"\w+", words))
-    return RUNS / (name if len(name) < 100 else f"{name[:90]}-{zlib.crc32(name.encode())}")
+    return RUNS / short(" ".join([corpus.name, modern, *options.what, steps, existing]))
 
 
 def show(
@@ -274,7 +269,7 @@ def show(
     for theme, suffix in {"light": "", "dark": "-dark"}.items():
         files[f"staircase{suffix}.svg"] = standalone(staircase(rows), theme)
         files[f"curves{suffix}.svg"] = standalone(curves(rows, "step"), theme)
-    make_folder(out)
+    prepare(out)
     for name, content in files.items():
         write_whole(out / name, content)
     width = shutil.get_terminal_size((160, 24)).columns

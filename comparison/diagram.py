@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 class Stage(NamedTuple):
     before: list[Part]  # the boxes before the blocks
-    sublayers: list[list[Part]]  # of a block, or of the model if there is no block
+    sublayers: list[list[Part]]  # a block's sublayers, or the model's if it has no blocks
     after: list[Part]
     blocks: str = ""  # such as "× 3"
     blocks_are_new: bool = False

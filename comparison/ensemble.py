@@ -1,6 +1,7 @@
 """The loss of an ensemble: the predictions of several runs, averaged."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from trainer import UserError
@@ -32,9 +33,11 @@ def ensemble_loss(runs: list[TrainedRun], corpus: Corpus) -> float | None:
 
 @torch.inference_mode()
 def target_log_probs(run: TrainedRun, corpus: Corpus) -> Tensor:
-    """The log-probability that the run's best weights give to each next character."""
+    """The log-probability that the run's best weights give to each next token."""
     device = run.about["device"]
-    model, _ = load(run.folder, device)
+    model, tokenizer = load(run.folder, device)
+    if tokenizer.source != corpus.tokenizer.source:  # it started from a model of another text
+        corpus = replace(corpus, table=torch.tensor(tokenizer.encode(corpus.vocabulary)))
     results = []
     for idx, targets in windows(corpus.validation, model.block_size):
         logits, _ = model(corpus.ids(idx).to(device))

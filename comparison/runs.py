@@ -12,7 +12,7 @@ from sample import stage_module
 from trainer.flags import flag, given
 from trainer.folder import lock_file
 from trainer.history import COLUMNS
-from trainer.plan import parse, preset_for
+from trainer.plan import Settings, parse, preset_for
 
 from filelock import FileLock, Timeout
 
@@ -23,7 +23,7 @@ class TrainedRun:
 
     folder: Path
     about: dict[str, Any]  # the content of config.json
-    rows: list[dict[str, float]]  # of losses.csv
+    rows: list[dict[str, float]]  # the rows of losses.csv
 
     @property
     def stage(self) -> str:
@@ -113,7 +113,7 @@ def read_run(folder: Path) -> TrainedRun:
     except OSError as error:
         raise UserError(f"{folder} is not a run: cannot read {error.filename}") from None
     except (ArithmeticError, AttributeError, ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f"the run {folder} is damaged, or from an older version") from None
+        raise UserError(f"the run {folder} is damaged or from an older version") from None
     return run
 
 
@@ -123,5 +123,8 @@ def wanted_config(command: str, device: str, *more: str) -> dict[str, Any]:
     module = stage_module(stage)
     presets = vars(module).get("PRESETS", {})
     options = parse("", module.Config, presets, [*flags, *more])
-    usual = presets[options.preset or preset_for(device)] if presets else module.Config()
+    if other := given(options, Settings).keys() - {"compile", "grad_accumulation"}:
+        name = flag(min(other))
+        raise UserError(f"{name} is not a hyperparameter: leave it out, or compare folders of runs")
+    usual = presets.get(options.preset or preset_for(device)) or module.Config()
     return asdict(replace(usual, **given(options, module.Config)))

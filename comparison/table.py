@@ -81,7 +81,7 @@ class Row:
 
     @property
     def step_time(self) -> float:
-        """Seconds per step where training was fastest, since other work can only slow it down."""
+        """Seconds per step, with evaluations, where training was fastest: other work slows it."""
         pairs = [pair for run in self.runs for pair in itertools.pairwise(run.rows)]
         return min(
             ((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs),
@@ -125,7 +125,7 @@ TEXT_COLUMNS = ("run", "device", "dtype")  # the others hold numbers
 def table(rows: list[Row], entropy: float | None = None) -> Table:
     """Leaves out columns in which all rows are equal; `entropy` is the text's, if it is known."""
     over_first = all(row.baseline is rows[0] for row in rows[1:])
-    unit = rows[0].step_time if over_first else 0.001
+    unit = rows[0].step_time or math.nan if over_first else 0.001
     columns: dict[str, Callable[[Row], object]] = {
         "run": lambda row: row.name,
         "validation loss": lambda row: row.loss if row.finished else progress(row),
@@ -179,7 +179,7 @@ def notes(rows: list[Row]) -> list[str]:
             row.ensemble_loss for row in rows
         ),
         f"No difference shown (below two standard errors): {', '.join(unclear)}": unclear,
-        f"Unfinished, so used only in rows without others: {', '.join(unfinished)}": unfinished,
+        f"Unfinished, used only where a row has no other runs: {', '.join(unfinished)}": unfinished,
     }
     return [f"{remark}." for remark, applies in remarks.items() if applies]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -31,7 +32,7 @@ class Job(NamedTuple):
     command: str  # such as `residual --no-residual`
     seed: int
     steps: int
-    tokens: int  # characters that it sees in training
+    tokens: int  # tokens that it sees in training
     folder: Path
     arguments: tuple[str, ...]
 
@@ -47,9 +48,15 @@ class Job(NamedTuple):
         return subprocess.Popen(command, env=environment, **quiet), errors
 
 
+def short(words: str) -> str:
+    """A name for a folder; a checksum keeps a long one unique."""
+    name = "-".join(re.findall(r"\w+", words))
+    return name if len(name) < 100 else f"{name[:90]}-{zlib.crc32(name.encode())}"
+
+
 def free_folder(corpus: str, name: str) -> Path:
     """An unused folder; its name is only for people, since config.json describes the run."""
-    name = "-".join(re.findall(r"\w+", name))[-100:]
+    name = short(name)
     for number in itertools.count(1):
         folder = RUNS / corpus / (name if number == 1 else f"{name}-again-{number}")
         if not os.path.lexists(folder):
@@ -61,7 +68,7 @@ def train(jobs: list[Job], at_once: int) -> list[str]:
     waiting, running, failed = list(jobs), {}, []
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # same as Ctrl-C
     try:
-        RUNS.mkdir(parents=True, exist_ok=True)
+        make_folder(RUNS)
         with FileLock(RUNS / ".lock", timeout=0), Lines(jobs) as lines:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -76,7 +83,8 @@ def train(jobs: list[Job], at_once: int) -> list[str]:
                         if outcome.startswith("FAILED"):
                             failed.append(job.name)
     except Timeout:
-        raise UserError(f"another compare.py is training in {RUNS.absolute()}: wait") from None
+        where = RUNS.absolute()
+        raise UserError(f"another compare.py is training in {where}: wait until it ends") from None
     except KeyboardInterrupt:
         print("stopping; the same command resumes", flush=True)
         raise
@@ -84,6 +92,13 @@ def train(jobs: list[Job], at_once: int) -> list[str]:
         stop([process for process, _ in running.values()])
         signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
 
 
 class Lines(contextlib.AbstractContextManager):

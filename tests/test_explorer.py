@@ -286,7 +286,7 @@ def test_bad_input_is_one_line(run, small_run, tmp_path):
         (["nothing"], "nothing holds no trained run: it has no best.pt"),
         ([empty], "holds no trained run"),
         (["run", empty], "holds no trained run"),
-        ([damaged], "is damaged, or from an older version"),
+        ([damaged], "is damaged or from an older version"),
         (["run", "--out", taken], "cannot write"),
         (["run", "--out", "no/such/folder.html"], "cannot write no/such/folder.html"),
     ):

@@ -214,6 +214,9 @@ def test_attention_lens_and_head_scores(models, open_page):
     assert (query, key) == (len(PROMPT) - 4, 3)
     page.keyboard.press("Enter")
     assert rows(settled(page), "#explanation tr")[-1][-1] == f"{weights[query, key]:.3f}"
+    page.locator("#characters .character").first.click()  # that key is in its future
+    assert rows(settled(page), "#explanation tr")[-1][-1] == "1.000"
+    page.locator("#characters .character").nth(query).click()
     find = "all => Math.max(...all.map(each => each.getAttribute('stroke-width')))"
     thickest = page.locator("#arcs path").evaluate_all(find)
     assert thickest == pytest.approx(7 * weights[query].max().item(), abs=0.01)

@@ -27,21 +27,10 @@ from trainer.checkpoint import read_checkpoint
 from trainer.corpus import open_corpus
 from trainer.distributed import World
 
+import conftest
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    SMALL,
-    SMALL_MODEL,
-    STAGES,
-    TIME_LIMIT,
-    equal,
-    files,
-    finish,
-    leaves,
-    save_checkpoint,
-    start,
-)
+from conftest import ROOT, SMALL, SMALL_MODEL, STAGES, TIME_LIMIT, equal, files, finish, leaves
 from test_bad_input import refusal
 from test_runs import MANY, assert_same_run, gpt_run, steps
 
@@ -60,7 +49,7 @@ def refused(run: Callable, tmp_path: Path) -> Callable:
 @pytest.mark.slow
 def test_of_two_starts_with_the_same_folder_one_trains(small_run, text, tmp_path):
     flags = [*FAST, "--data", text, "--out", "both"]
-    both = [start("bigram", *flags, "--seed", seed, cwd=tmp_path) for seed in (1, 2)]
+    both = [conftest.start("bigram", *flags, "--seed", seed, cwd=tmp_path) for seed in (1, 2)]
     ends = [finish(process) for process in both]
     assert sorted(code for code, _, _ in ends) == [0, 2]
     winner = [code for code, _, _ in ends].index(0)
@@ -199,7 +188,7 @@ def test_missing_and_mistyped_entries(small_run, refused, run, tmp_path):
                         code, output, errors = run(*command)
                         assert code == 2 and "damaged" in errors, (key, wrong, output, errors)
                         assert len(errors.splitlines()) == 1 and files(tmp_path) == before
-        save_checkpoint(path, good)
+        conftest.save_checkpoint(path, good)
 
 
 def edited(script: str, *edits: tuple[str, str]) -> str:
@@ -289,7 +278,7 @@ def test_an_optimizer_state_of_another_shape_is_refused(small_run, refused, tmp_
     path = tmp_path / "run" / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     saved["parts"]["optimizer 0"]["state"][0]["exp_avg"] = torch.zeros(3)  # would corrupt memory
-    save_checkpoint(path, saved)
+    conftest.save_checkpoint(path, saved)
     assert "optimizer 0" in refused("gpt", "--resume", "--out", "run")
 
 
@@ -359,7 +348,7 @@ def test_a_full_disk_behind_the_output(text, tmp_path):
 @POSIX
 @pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_continues(text, tmp_path):
-    process = start("bigram", *FAST, "--data", text, "--out", "run", cwd=tmp_path)
+    process = conftest.start("bigram", *FAST, "--data", text, "--out", "run", cwd=tmp_path)
     process.stdout.readline()
     process.stdout.close()
     assert (process.wait(TIME_LIMIT), process.stderr.read()) == (0, "")
@@ -371,7 +360,7 @@ def test_a_run_whose_output_nobody_reads_continues(text, tmp_path):
 def test_ctrl_c_while_pytorch_loads(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # stderr then has a line for each import
     for script, last in (("gpt", "numpy"), ("gpt", "torch.nn"), ("compare", "torch.optim")):
-        process = start(script, cwd=tmp_path)
+        process = conftest.start(script, cwd=tmp_path)
         while process.stderr.readline().split("|")[-1].strip() != last:
             assert process.poll() is None
         process.send_signal(signal.SIGINT)

@@ -5,8 +5,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from comparison.ensemble import ensemble_loss
+from comparison.runs import read_run
 from prepare import prepare
 from sample import load
+from trainer.corpus import open_corpus
 from trainer.evaluate import exact_loss
 
 import pytest
@@ -218,6 +221,10 @@ def test_a_text_with_fewer_characters_keeps_their_ids(stage, sources, run, less,
     first = table(tmp_path / "next")[0]
     assert first[2] == pytest.approx(exact_loss(model, ids[border:]), abs=1e-5)
     assert first[1] == pytest.approx(exact_loss(model, ids[: len(ids) - border]), abs=1e-5)
+
+    # compare.py reads that text with the model's ids, too.
+    expected = pytest.approx(best_loss(tmp_path / "next"), abs=1e-4)
+    assert ensemble_loss(2 * [read_run(tmp_path / "next")], open_corpus(less)) == expected
 
     # --extend-vocabulary, where there is nothing to add, adds nothing; and a prepared folder,
     # which has ids of its own, gives the same run.

@@ -173,10 +173,10 @@ def test_a_killed_run_resumes_bit_for_bit(stage, small_run, run, tmp_path, text)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_run_which_says_how_to_resume(number, small_run, tmp_path):
-    prompt = "What's $HOME?\nA"  # which the shell must not take apart
+    prompt = "-What's$HOME?\nA"  # which neither the shell nor argparse may take apart
     data = tmp_path / "quotes.txt"
     data.write_text(prompt * 100, encoding="utf-8")
-    flags = [*SMALL, *SMALL_MODEL["gpt"], *MANY, "--data", data, "--prompt", prompt, "--top-k", 5]
+    flags = [*SMALL, *SMALL_MODEL["gpt"], *MANY, "--data", data, f"--prompt={prompt}", "--top-k=5"]
     process = start("gpt", *flags, cwd=tmp_path)
     stopped = tmp_path / "runs" / "gpt"
     wait_for_rows(stopped / "losses.csv", 2, process)
