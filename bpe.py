@@ -1,6 +1,6 @@
 """Byte-pair encoding: learn tokens that are longer than a character.
 
-Real models do not read characters but **tokens**: frequent pieces of words, such as " the" or
+Large models read **tokens**, not characters: frequent pieces of text, such as " the" or
 "ing". **Byte-pair encoding** (BPE) starts with the 256 possible bytes, so that any text can be
 encoded, and repeats one step: **merge** the most frequent pair of neighbors into a new token.
 
@@ -26,9 +26,9 @@ Pair = tuple[int, int]
 MAX_VOCABULARY = 2**16  # an id has two bytes in a prepared text
 VocabSize = Annotated[int, Limits(lambda x: 256 <= x <= MAX_VOCABULARY, ">= 256 and <= 65536")]
 
-# Pre-tokenization: no token crosses the border of a word, which is a run of letters, digits or
-# punctuation, with one space before it, or of white space. Runs are cut after 64 characters, so
-# that no word is slow to encode. Everything beyond ASCII counts as a letter.
+# Pre-tokenization: no token crosses a word boundary. A word is a run of letters, digits or
+# punctuation, with at most one space before it, or a run of whitespace. Runs are cut after 64
+# characters, so that no word is slow to encode. Everything beyond ASCII counts as a letter.
 LETTERS, PUNCTUATION, SPACE = "[A-Za-z\u0080-\U0010ffff]", "[!-/:-@\\[-`{-~]", "[\x00-\x20\x7f]"
 PATTERN = f" ?{LETTERS}{{1,64}}| ?[0-9]{{1,64}}| ?{PUNCTUATION}{{1,64}}|{SPACE}{{1,64}}"
 # The first 256 tokens: each byte, in GPT-2's order, which begins with the printable characters.

@@ -15,8 +15,8 @@ class Tokenizer:
     def __init__(self, text: str) -> None:
         self.vocabulary = "".join(sorted(set(text)))
         self.ids = {character: i for i, character in enumerate(self.vocabulary)}
-        self.source = self.vocabulary  # what is saved of it
-        self.unit = "characters"  # what its ids stand for
+        self.source = self.vocabulary  # checkpoints store this
+        self.unit = "characters"  # of bpe.py: "tokens"
 
     def encode(self, text: str) -> list[int]:
         return [self.ids[character] for character in text]
@@ -52,8 +52,8 @@ def draw_batch(
 def pick_device(name: str = "auto") -> torch.device:
     """The named device; "auto" is a CUDA GPU, then Apple silicon's GPU (MPS), then the CPU."""
     if name == "auto":
-        gpu = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else gpu
+        other = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else other
     return torch.device(name)
 
 

@@ -162,7 +162,7 @@ def encode_words(
 
 
 def whole_words(chunks: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, str]]:
-    """Larger pieces of text that begin and end at the borders of words."""
+    """Join chunks into larger pieces of text that begin and end at word boundaries."""
     for name, group in itertools.groupby(chunks, key=itemgetter(0)):
         text = ""
         for _, codes in group:
@@ -192,7 +192,7 @@ def start_worker(tokenizer: BytePairTokenizer) -> None:
 
 
 def keep(tokenizer: BytePairTokenizer) -> None:
-    """What the processes of the pool encode with; it remembers the words that it has seen."""
+    """Set this process's tokenizer, which caches the words that it has encoded."""
     global TOKENIZER
     TOKENIZER = tokenizer
 
@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=path_of, required=True, metavar="DIR", help="new folder to write"
     )
-    words = "folder made by bpe.py, whose tokens to use (default: characters)"
+    words = "folder made by bpe.py; use its tokens (default: characters)"
     parser.add_argument("--tokenizer", type=path_of, metavar="DIR", help=words)
     options = parser.parse_args()
 

@@ -44,7 +44,7 @@ def generate(
     top_k: int | None = None,
     seed: int = 1,
 ) -> Iterator[str]:
-    """Yield `length` characters that continue the prompt, each as soon as it is sampled."""
+    """Yield `length` tokens that continue the prompt, each as soon as it is sampled."""
     how = SampleSettings(prompt, length, temperature, top_k)
     return itertools.islice(continuation(model, tokenizer, how, seed), 1, None)
 

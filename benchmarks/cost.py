@@ -133,7 +133,7 @@ def summary(rounds: list[dict]) -> dict:
 
 def table(title: str, names: list, rows: list[dict], peak: float) -> str:
     headings = f"{title} | parameters | characters per micro-batch | GFLOPs per step, counted"
-    headings += " | by the formula | ms per step | peak memory, MB | GFLOP/s | of the peak matmul"
+    headings += " | by the formula | ms per step | peak memory, MB | GFLOP/s | of peak matmul speed"
     lines = [f"| {headings} |", "|---|" + "---:|" * headings.count(" | ")]
     for name, row in zip(names, rows, strict=True):
         lines.append(

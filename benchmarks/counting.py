@@ -1,4 +1,4 @@
-"""The validation loss of a bigram table that is counted instead of trained; counts start at 1.
+"""The validation loss of a bigram table that is counted instead of trained, with add-one smoothing.
 
 python benchmarks/counting.py
 """

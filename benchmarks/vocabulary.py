@@ -3,11 +3,12 @@
     python benchmarks/vocabulary.py > results/vocabulary.md
 
 Every model is gpt.py's small preset; only the embedding and `lm_head` depend on the vocabulary. The
-context is 64 tokens, but in a control, characters have a context of 128, about as much text as 64
-of 512 tokens. Each model is trained twice: for the same number of steps, in which some see more
-text, and for the same time as the first. Prints a table and writes results/vocabulary.svg. Finished
-runs in runs/vocabulary are not trained again; those of compare.py are not used, since step times
-are only comparable between runs that were trained side by side.
+context is 64 tokens. In one control, characters have a context of 128, about as much text as 64
+tokens of the vocabulary of 512. Each model is trained twice: for the same number of steps, in which
+those with longer tokens see more text, and for the same time as the first model. Prints a table and
+writes results/vocabulary.svg. Finished runs in runs/vocabulary are not trained again; those of
+compare.py are not used, since step times are only comparable between runs that were trained side by
+side.
 """
 
 import argparse

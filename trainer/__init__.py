@@ -16,8 +16,8 @@ sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or sys.__excepth
 
 # While PyTorch loads, code that ignores every exception may swallow a Ctrl-C: let it wait.
 waiting: list[int] = []
-delays = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if delays := delays and threading.current_thread() is threading.main_thread():
+in_main = threading.current_thread() is threading.main_thread()
+if delays := in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
 
 from trainer.cli import UserError, cli
@@ -28,6 +28,3 @@ if delays:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if waiting:
     raise KeyboardInterrupt
-
-__all__ = ["Divides", "Fraction", "NonNegative", "NonNegativeInt", "PositiveFraction"]
-__all__ += ["Run", "UserError", "cli"]

@@ -35,7 +35,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     if hashlib.sha256(memoryview(content)[:-DIGEST]).digest() == content[-DIGEST:]:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    raise UserError(f"the checkpoint {path} is damaged, or from an older version: train it anew")
+    raise UserError(f"the checkpoint {path} is damaged or from an older version: train again")
 
 
 def saved_config(config_class: type, checkpoint: Checkpoint) -> Any:
@@ -50,11 +50,11 @@ def restore(checkpoint: Checkpoint, parts: dict[str, Any]) -> None:
     try:
         for name, part in parts.items():
             state, expected = checkpoint["parts"][name], layout(part)
-            if state or name != "scaler":  # the scaler is empty without float16
+            if state:  # without float16, the scaler's is empty
                 part.load_state_dict(state)
-            if layout(part) not in ([], expected):  # it is empty before the first step
+            if layout(part) not in ([], expected):  # [] before an optimizer's first step
                 raise ValueError(f"{name} has a state of other shapes")
-    except Exception as error:  # its type depends on what differs
+    except Exception as error:  # PyTorch raises different types for different mismatches
         if is_out_of_memory(error):
             raise
         # In PyTorch's words: for example the name and the shapes of a parameter.
@@ -71,13 +71,13 @@ def layout(part: Any) -> list[tuple[str, Any]]:
 
 @torch.no_grad()
 def adopt_weights(model: LanguageModel, config: Any, saved: Checkpoint, now: Tokenizer) -> None:
-    """Copy another run's weights; characters that it lacks keep their initial weights."""
+    """Copy another run's weights; characters that are new to it keep their initial weights."""
     before = type(model)(saved_config(type(config), saved)).eval()
     restore(saved, {"model": before})
     after, known = type(model)(config).eval(), saved["config"]["vocab_size"]
     kept = saved["vocabulary"] == now.source
     old_tokens = range(known) if kept else [now.ids[token] for token in saved["vocabulary"]]
-    rows = torch.tensor(old_tokens)  # of the new tables, for each old token
+    rows = torch.tensor(old_tokens)  # each old token's row in the new tables
     refusal = UserError("the saved weights do not fit a model with these flags: drop the flags")
     weights = after.state_dict()
     if weights.keys() != before.state_dict().keys():

@@ -27,7 +27,7 @@ def cli(main: Callable[[], None]) -> None:
         main()
         return print(end="", flush=True)
     except UserError as error:
-        message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else ""  # once is enough
+        message = str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else ""  # say it once
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             message = "out of memory: lower --batch-size or --n-embd, or raise --grad-accumulation"

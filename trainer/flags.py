@@ -24,7 +24,7 @@ class Limits(NamedTuple):
 
 
 class Divides(NamedTuple):
-    """`Annotated[int, Divides("n_embd")]` must divide n_embd."""
+    """`n_head: Annotated[int, Divides("n_embd")]`: n_head must divide n_embd."""
 
     field: str
 
@@ -34,7 +34,7 @@ PositiveFraction = Annotated[float, Limits(lambda x: 0 < x <= 1, "> 0 and <= 1")
 NonNegative = Annotated[float, Limits(lambda x: 0 <= x < math.inf, ">= 0")]
 NonNegativeInt = Annotated[int, Limits(lambda x: 0 <= x < 2**31, ">= 0")]
 Seed = Annotated[int, Limits(lambda x: 0 <= x < 2**63, ">= 0")]
-ORDINARY = {  # limits for fields that declare none
+DEFAULT_LIMITS = {  # limits for fields that declare none
     int: Limits(lambda x: 1 <= x < 2**31, ">= 1"),
     float: Limits(lambda x: 0 < x < math.inf, "> 0"),
 }
@@ -58,9 +58,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         if empty := [word for word in words if re.fullmatch("--[\\w-]+=--", word)]:
             self.error(f"{empty[0]}: a value is missing")  # argparse would read it as no value
-        words = [
-            re.sub(r"^--[\w-]+(?=$|=)", lambda name: name[0].replace("_", "-"), w) for w in words
-        ]
+        words = [re.sub(r"^--([\w-]+)(?=$|=)", lambda name: flag(name[1]), w) for w in words]
         return super().parse_known_args(words, namespace)
 
     def add_fields(self, title: str, cls: type, presets: dict[str, Any] | None = None) -> None:
@@ -92,10 +90,12 @@ def options_for(hint: Any, is_off: bool = False) -> dict[str, Any]:
         return {"action": "store_true" if is_off else argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
-    if hint in (str, Path):
-        return {"type": str if hint is str else path_of, "metavar": "TEXT"}
+    if hint is str:
+        return {"metavar": "TEXT"}
+    if hint is Path:
+        return {"type": path_of, "metavar": "PATH"}
     kind, *metadata = typing.get_args(hint) or (hint,)
-    limits = next((each for each in metadata if isinstance(each, Limits)), ORDINARY[kind])
+    limits = next((each for each in metadata if isinstance(each, Limits)), DEFAULT_LIMITS[kind])
     wanted = f"a {'whole ' if kind is int else ''}number {limits.words}"
 
     def parse(text: str) -> Any:

@@ -57,7 +57,7 @@ class RunFolder(contextlib.AbstractContextManager):
             lock = FileLock(lock_file(path), timeout=0)
             self.unlock = weakref.finalize(self, unlock, lock, new)  # at the latest, at exit
             lock.acquire()
-            if os.path.lexists(path):  # an error if it is a file, or read-only
+            if os.path.lexists(path):  # fails if it is a file or read-only
                 tempfile.TemporaryFile(dir=path).close()
         except Timeout:
             return False
@@ -72,8 +72,7 @@ class RunFolder(contextlib.AbstractContextManager):
             folder = folder.with_name(f".{folder.name}.new")
         try:
             if is_new:
-                shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)  # a killed process may have left it
             # checkpoint.pt comes first: it alone is enough to resume, which writes all the others.
             write_whole(folder / "checkpoint.pt", to_bytes(about, parts))
             if history.rows[-1] == best and best["step"] == history.step:
@@ -81,7 +80,7 @@ class RunFolder(contextlib.AbstractContextManager):
                 write_whole(folder / "best.pt", to_bytes(of_best, {"model": parts["model"]}))
             write_whole(folder / "losses.csv", losses_csv(history.rows))
             write_whole(folder / "config.json", json.dumps(about, indent=2).encode("utf-8"))
-            (folder / "sample.txt").unlink(missing_ok=True)  # of an older run
+            (folder / "sample.txt").unlink(missing_ok=True)  # from other weights
             if is_new:
                 rename(folder, self.path)
         except OSError as error:
@@ -109,7 +108,7 @@ def newest(name: str) -> list[Path]:
 
 def lock_file(path: Path) -> Path:
     """Next to the folder, or inside it if its parent is read-only, such as a mounted disk."""
-    inside = path.is_dir() and not os.access(path.parent, os.W_OK)
+    inside = path.is_dir() and not (path.name and os.access(path.parent, os.W_OK))
     return path / ".lock" if inside else path.with_name(f".{path.name}.lock")
 
 

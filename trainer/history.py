@@ -9,8 +9,8 @@ from trainer.distributed import World
 import torch
 from torch import Tensor
 
-COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "tokens", "seconds")
-FORMATS = ("d", ".6f", ".6f", ".6g", "d", ".2f")
+COLUMNS = {"step": "d", "train_loss": ".6f", "val_loss": ".6f"}  # with their formats
+COLUMNS |= {"learning_rate": ".6g", "tokens": "d", "seconds": ".2f"}
 LINE = "step {step:5}   train {train_loss:.4f}   validation {val_loss:.4f}   {seconds:7.1f} s"
 
 
@@ -21,7 +21,7 @@ class History:
         self.step = 0
         self.rows: list[dict[str, float]] = []
         self.loss_sum, self.loss_count = 0.0, 0.0  # over the batches since the last row
-        self.started, self.seconds = time.perf_counter(), 0.0  # seconds, in earlier sessions
+        self.started, self.seconds = time.perf_counter(), 0.0  # seconds: of earlier sessions
         self.last_loss = math.nan
         self.pending: list[tuple[int, float, Tensor]] = []  # step, fraction of its batch, loss
 
@@ -31,6 +31,7 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.started = time.perf_counter() - self.seconds
 
     @property
     def best(self) -> dict[str, float]:
@@ -58,10 +59,10 @@ class History:
         self.loss_sum, self.loss_count = 0.0, 0.0
 
     def last_line(self) -> str:
-        is_best = self.rows[-1] is self.best and self.rows[1:]
-        return LINE.format(**self.rows[-1]) + "  *" * bool(is_best)
+        is_best = len(self.rows) > 1 and self.rows[-1] is self.best
+        return LINE.format(**self.rows[-1]) + ("  *" if is_best else "")
 
 
 def losses_csv(rows: list[dict[str, float]]) -> bytes:
-    lines = [COLUMNS, *(map(format, [row[name] for name in COLUMNS], FORMATS) for row in rows)]
+    lines = [COLUMNS, *([format(row[name], how) for name, how in COLUMNS.items()] for row in rows)]
     return "".join(",".join(line) + "\n" for line in lines).encode("utf-8")

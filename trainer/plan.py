@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
 
 @dataclass
 class RunSettings:
-    data: Path | None = None  # UTF-8 text to train on, or a folder that prepare.py made
-    seed: Seed | None = None  # random seed (default 1)
+    data: Path | None = None  # UTF-8 text, or folder made by prepare.py (default: Tiny Shakespeare)
+    seed: Seed = 1  # random seed
     out: Path | None = None  # the run's folder (default: the first free runs/NAME, runs/NAME-2, …)
     resume: bool = False  # continue the run in --out, or the newest one
     overwrite: bool = False  # replace the run in --out
@@ -80,19 +80,20 @@ def make_plan(
     settings, chosen = Settings(**given(options, Settings)), given(options, config_class)
     refuse_combinations(settings, presets, options.preset, world)
     saved = world.on_main(lambda: claim(folder, name, settings))
-    start = {"seed": 1, "device": "auto", "init_from": str(settings.init_from or "")}
+    start = {"seed": settings.seed, "device": "auto", "init_from": str(settings.init_from or "")}
     if settings.resume:
         machine = {each: saved[each] for each in ("compile", "grad_accumulation")}
         settings = replace(settings, **machine | given(options, MachineSettings))
         start = saved
     device = start["device"] if settings.device == "auto" else settings.device
     device = available_device(device, world)
-    preset = options.preset or preset_for(device.type) if presets and not saved else ""
+    preset = options.preset or preset_for(device.type)
+    preset = preset if preset in presets and not saved else ""
     config = saved_config(config_class, saved) if saved else presets.get(preset) or config_class()
     corpus, tokenizer = open_text(settings, saved, world)
     settings.start_of_text(tokenizer)  # a bad --prompt is refused now rather than at the end
     config = replace(config, **chosen, vocab_size=len(tokenizer.vocabulary))
-    seed = start["seed"] if settings.seed is None else settings.seed
+    seed = vars(options).get("seed", start["seed"])
     changed = changes(saved, {"seed": seed} | asdict(config)) if settings.resume else []
     dtype, settings.compile = ("auto", settings.compile) if presets else ("float32", False)
     if settings.resume and saved["device"] == device.type:
@@ -106,7 +107,7 @@ def make_plan(
 def script_name(script: Path) -> str:
     """The name of the stage; sample.py must be able to find its script again."""
     if script.suffix and (script.parent.resolve() != ROOT or "." in script.stem):
-        raise UserError(f"sample.py will not find {script}: put it in {ROOT}, with only one dot")
+        raise UserError(f"sample.py will not find {script}: put it in {ROOT}, as in my_gpt.py")
     return script.stem
 
 
@@ -142,14 +143,12 @@ def refuse_combinations(settings: Settings, presets: dict, preset: str, world: W
 def claim(folder: RunFolder, name: str, settings: Settings) -> Checkpoint | None:
     """Claim the folder; return the checkpoint to resume or to take weights from, if any."""
     folder.claim(name, settings.out, settings.resume, settings.overwrite)
-    source = folder.path / "checkpoint.pt"
-    if not settings.resume:
-        if not settings.init_from:
-            return None
-        if os.path.realpath(folder.path) == os.path.realpath(settings.init_from):
-            raise UserError(f"{folder.path} is the run to start from: choose another --out")
-        source = settings.init_from / "best.pt"
-    saved = read_checkpoint(source)
+    start = settings.init_from
+    if not (settings.resume or start):
+        return None
+    if start and os.path.realpath(folder.path) == os.path.realpath(start):
+        raise UserError(f"{folder.path} is the run to start from: choose another --out")
+    saved = read_checkpoint(start / "best.pt" if start else folder.path / "checkpoint.pt")
     if saved["stage"] != name:
         raise UserError(f"that run was made by {saved['stage']}.py, but this is {name}.py")
     return saved
@@ -172,9 +171,11 @@ def open_text(
     settings: Settings, saved: Checkpoint | None, world: World
 ) -> tuple[Corpus, Tokenizer]:
     """The corpus, and a tokenizer with the characters of the text and of the saved weights."""
-    path, before = settings.data, saved["corpus"] if saved and settings.resume else None
-    if before and path is None and before["sha256"] != TINY_SHAKESPEARE_SHA256:
-        path = Path(before["path"])  # Tiny Shakespeare may have moved
+    path, before = settings.data, saved["corpus"] if settings.resume else None
+    if before and path is None:
+        path = Path(before["path"])
+        if before["sha256"] == TINY_SHAKESPEARE_SHA256 and not path.exists():
+            path = None  # Tiny Shakespeare may have moved
     if world.size > 1:
         world.on_main(lambda: open_corpus(path).name)  # let one process download it
     corpus = open_corpus(path, verify=before is not None)
@@ -204,7 +205,8 @@ def refuse_sizes(config: Any, corpus: Corpus, world: World, memory: int) -> None
         raise UserError(f"--batch-size must be divisible by the {world.size} processes")
     shorter = min(len(corpus.train), len(corpus.validation))
     if shorter <= config.block_size:
-        needs = f"--block-size {config.block_size} needs {config.block_size + 1} in each split"
+        unit = corpus.tokenizer.unit
+        needs = f"--block-size {config.block_size} needs {config.block_size + 1} {unit} per split"
         fits = f"--block-size {shorter - 1}" if shorter > 1 else "a longer text"
         raise UserError(f"{corpus.path} is too short: {needs}, and one has {shorter}; try {fits}")
     layers, width = vars(config).get("n_layer", 0), vars(config).get("n_embd", 0)

@@ -130,8 +130,8 @@ class Run:
             for optimizer in self.optimizers:
                 scaler.unscale_(optimizer)
             scaler.update()
-            if scaler.get_scale() < before:  # a gradient overflowed: this step is skipped,
-                self.model.zero_grad()  # since optimizers ignore weights without a gradient
+            if scaler.get_scale() < before:  # a gradient overflowed, so skip this step:
+                self.model.zero_grad()  # optimizers ignore parameters without a gradient
 
     def log(self, loss: Tensor) -> None:
         """Add the loss of a batch or micro-batch to the next row of losses.csv."""
@@ -185,7 +185,6 @@ class Run:
         self.try_step()
         self.saved = None  # frees its memory
         self.first_step = self.bar.n = self.bar.initial = self.step
-        self.history.started = time.perf_counter() - self.history.seconds
         if not plan.settings.resume:
             self.evaluate()
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -222,7 +221,7 @@ class Run:
         self.bar.set_postfix_str(f"loss {self.history.last_loss:.3f}", refresh=False)
 
     def evaluate(self) -> None:
-        """Add a row to losses.csv."""
+        """Evaluate the model, and add the losses to the history."""
         corpus, history = self.plan.corpus, self.history
         parts = [corpus.validation]
         if not history.loss_count:  # no batch yet: use as much text as in validation
@@ -263,7 +262,7 @@ def resume_command(run: Run) -> str:
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={run.world.local_size}"]
     for each in fields(SampleSettings):
         if (value := getattr(run.plan.settings, each.name)) != each.default:
-            command += [flag(each.name), str(value)]
+            command.append(f"{flag(each.name)}={value}")
     return quoted(command)
 
 
@@ -289,6 +288,7 @@ def interrupts() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        if "RANK" not in os.environ or not sys.exc_info()[0]:  # else report the error, then stop
+        # torchrun may end this process after an error: keep the handlers until it is reported.
+        if "RANK" not in os.environ or not sys.exc_info()[0]:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -15,9 +15,9 @@ from torch import nn
 @dataclass
 class SampleSettings:
     prompt: str = ""  # text to continue
-    sample_length: int = 500  # number of characters to add
-    temperature: NonNegative = 1.0  # 0 always picks the most likely character; > 1 is more random
-    top_k: int | None = None  # sample from the N most likely characters only
+    sample_length: int = 500  # number of characters or tokens to add
+    temperature: NonNegative = 1.0  # 0 always picks the most likely one; > 1 is more random
+    top_k: int | None = None  # sample from the N most likely ones only
 
     def start_of_text(self, tokenizer: Tokenizer) -> str:
         """The validated prompt; by default a newline, which starts a line."""
