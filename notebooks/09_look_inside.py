@@ -363,8 +363,8 @@ plt.show()
 
 # %% [markdown]
 # The effects sum to the measured difference. But they are **direct** only: a head also acts through
-# what later sublayers compute from its output. In the saved model the heads' direct effects are
-# small here, although removing block 0's attention costs more than removing anything but its MLP.
+# what later sublayers compute from its output. In the saved model the direct effects of block 0's
+# heads are small, although removing its attention costs more than anything but its MLP.
 #
 # ## Logit lens
 #
@@ -521,7 +521,7 @@ plt.show()
 # %% [markdown]
 # Before the first block, the difference is all at one letter. After the last block, only the last
 # position can count, since positions no longer interact. In the saved model, the attention of block
-# 0 has already copied it to the end.
+# 0 has already copied most of it to the end.
 #
 # ## Induction heads
 #
@@ -781,8 +781,9 @@ plt.show()
 
 # %% [markdown]
 # Left: the difference of P(s) that remains with a head mean-ablated. Right: from the end of the
-# verb, the decisive head of layer 1 attends to the spaces around the noun. Hypothesis: layer 0
-# notes at the second space whether the letter before was an `s`, and this head carries it on.
+# verb, the decisive head of layer 1 attends to the space after the noun only if it is plural.
+# Hypothesis: layer 0 notes at the second space whether the letter before was an `s`, and this head
+# carries it on.
 #
 # ### Exercise 6 · Swap the head
 #
