@@ -37,6 +37,8 @@ def target_log_probs(run: TrainedRun, corpus: Corpus) -> Tensor:
     device = run.about["device"]
     model, tokenizer = load(run.folder, device)
     if tokenizer.source != corpus.tokenizer.source:  # it started from a model of another text
+        if tokenizer.unit == "tokens":
+            raise UserError(f"{run.folder} has other tokens")
         corpus = replace(corpus, table=torch.tensor(tokenizer.encode(corpus.vocabulary)))
     results = []
     for idx, targets in windows(corpus.validation, model.block_size):

@@ -174,7 +174,7 @@ def open_text(
     path, before = settings.data, saved["corpus"] if settings.resume else None
     if before and path is None:
         path = Path(before["path"])
-        if before["sha256"] == TINY_SHAKESPEARE_SHA256 and not path.exists():
+        if before["sha256"] == TINY_SHAKESPEARE_SHA256 and not os.access(path, os.R_OK):
             path = None  # Tiny Shakespeare may have moved
     if world.size > 1:
         world.on_main(lambda: open_corpus(path).name)  # let one process download it
