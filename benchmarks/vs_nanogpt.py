@@ -180,10 +180,13 @@ def print_times(rounds: list[dict[tuple[str, str], float]]) -> None:
         cells = []
         for dtype in DTYPES:
             units = [each[command, dtype] / each["recipe", "seconds"] for each in rounds]
-            reached = [each for each in units if each < math.inf] or [math.inf]
-            cell = f"{statistics.mean(reached):.2f} ({min(reached):.2f} to {max(reached):.2f})"
-            some = f", {len(reached)} of {len(units)} seeds" if math.inf in units else ""
-            cells.append(cell + some)
+            reached = [each for each in units if each < math.inf]
+            cell = f"{len(reached)} of {len(units)} seeds"
+            if reached:
+                span = f"{min(reached):.2f} to {max(reached):.2f}"
+                missed = f", {cell}" if len(reached) < len(units) else ""
+                cell = f"{statistics.mean(reached):.2f} ({span}){missed}"
+            cells.append(cell)
         print(f"| `{command}` to {target} | {' | '.join(cells)} |")
 
 
